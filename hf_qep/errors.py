@@ -1,0 +1,67 @@
+"""Every error hf_qep raises on purpose: one class per situation that a caller may want to catch.
+
+All of them are `QepError`; those that mean "you gave me something wrong" are also `ValueError`, so that code written
+for transformers catches them without knowing this package.
+"""
+
+from __future__ import annotations
+
+
+class QepError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(QepError, ValueError):
+    """An option is out of range or contradicts another one."""
+
+
+class BitsError(ConfigError):
+    """The requested bits per weight cannot be had with this method or shape."""
+
+
+class UnknownNameError(QepError, ValueError):
+    """No method, format or task of this name."""
+
+
+class FormatVersionError(QepError, ValueError):
+    """The checkpoint was written by a newer hf_qep."""
+
+
+class ArchitectureError(QepError, ValueError):
+    """The model has no structure that can be quantised; the message says why."""
+
+
+class CheckpointError(QepError, ValueError):
+    """Files of a checkpoint are missing, truncated, contradictory or point outside their folder."""
+
+
+class NonFiniteError(QepError, ValueError):
+    """Weights or activations hold NaN or Inf."""
+
+
+class CalibrationError(QepError, ValueError):
+    """The calibration data is empty, unreadable or of the wrong kind."""
+
+
+class IllConditionedError(QepError, ArithmeticError):
+    """A damped Hessian has no Cholesky factor."""
+
+
+class OutputExistsError(QepError, FileExistsError):
+    """The output folder already holds something."""
+
+
+class DiskSpaceError(QepError, OSError):
+    """Not enough free space for the output."""
+
+
+class AlreadyQuantizedError(QepError, ValueError):
+    """The model is quantised already."""
+
+
+class NotMergeableError(QepError, RuntimeError):
+    """Float values cannot be merged into packed weights."""
+
+
+class ExtraMissingError(QepError, ImportError):
+    """A feature needs an optional package that is not installed."""

@@ -1,0 +1,85 @@
+"""Files that are never half there: write aside, flush, rename once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_qep.errors import CheckpointError, OutputExistsError
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def safe_join(root: Path, name: str) -> Path:
+    """`root / name`, or CheckpointError if the result would lie outside `root`."""
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise CheckpointError(f"file name {name!r} points outside the folder {root.name!r}; the checkpoint is not safe")
+    return path
+
+
+@contextmanager
+def write_aside(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of the folder `final`, renamed to it when the body ends without an error.
+
+    Raises OutputExistsError if `final` exists, is not empty and `overwrite` is false. On an error, and on
+    KeyboardInterrupt, the temporary folder is removed and `final` is as it was before.
+    """
+    check_output(final, overwrite=overwrite)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    try:
+        yield aside
+        for path in aside.rglob("*"):
+            _flush(path)
+        if final.is_dir():
+            shutil.rmtree(final)
+        os.chmod(aside, 0o755)
+        os.replace(aside, final)
+        _flush(final.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write_text_aside(path: Path, text: str) -> None:
+    """Replace one file in a single step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.chmod(f.name, 0o644)
+    os.replace(f.name, path)
+
+
+def check_output(final: Path, *, overwrite: bool = False) -> None:
+    """Raise OutputExistsError unless `final` can become an output folder."""
+    if final.exists() and not final.is_dir():
+        raise OutputExistsError(f"{str(final)!r} is a file; give the name of a new folder")
+    if final.is_dir() and any(final.iterdir()) and not overwrite:
+        raise OutputExistsError(f"the folder {str(final)!r} is not empty; choose another one or pass --overwrite")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
