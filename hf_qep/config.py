@@ -1,0 +1,160 @@
+"""`QepConfig`: what a checkpoint is and how it was, or shall be, made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_qep.errors import CheckpointError, ConfigError, FormatVersionError
+from hf_qep.registry import FORMATS, METHODS
+
+FORMAT_VERSION = 1
+"""Raised whenever a checkpoint is written that this version could not read."""
+
+_LOADING = ("dequantize", "trainable_scales")
+_RUNTIME = ("tokenizer", *_LOADING)
+
+
+@dataclass
+class QepConfig(QuantizationConfigMixin):
+    """Quantisation config of method "qep"; pass it to `from_pretrained` as `quantization_config`.
+
+    Args:
+        bits: bits per weight of the quantised linears. `sign`, `onebit`, `gptq` and `rtn` have exactly one sign per
+            weight (1.0) plus scales; `factored` takes any value from 0.3 to 2.5, scales included.
+        method: solver, a file name in `hf_qep.methods`.
+        group_size: columns that share one row scale; None is one scale per row.
+        propagation: alpha of QEP (arXiv 2504.09629), 0 (off) to 1: how much of the error made upstream each layer's
+            target corrects.
+        damping: ridge of the Hessian in units of its mean diagonal.
+        dataset: calibration data: Hub id, file, list of strings, token tensor, weighted mix or chat messages; None
+            samples text from the model itself.
+        num_samples, seq_len: calibration rows and tokens per row.
+        batch_size: rows per forward pass while calibrating.
+        skip_modules: names of modules that stay float, besides the embeddings and the head.
+        seed: seed of sampling and of the solvers.
+        bias_correction: move each layer's mean output error into its bias, where it has one.
+        tokenizer: tokenizer for `dataset` when quantising on the fly; default: the model's own. Not stored.
+        dequantize: give back a plain float model while loading. Not stored.
+        trainable_scales: keep float32 scales that train while loading (quantisation-aware training). Not stored.
+        layers: the quantised modules, grouped by format; written by the engine, read while loading.
+        format_version: layout version of the checkpoint.
+
+    Raises ConfigError for a value out of range, UnknownNameError for an unknown method or format,
+    FormatVersionError for a checkpoint of a newer version.
+    """
+
+    def __init__(
+        self,
+        bits: float = 1.0,
+        method: str = "sign",
+        group_size: int | None = None,
+        propagation: float = 1.0,
+        damping: float = 0.03,
+        dataset: Any = None,
+        num_samples: int = 128,
+        seq_len: int = 512,
+        batch_size: int = 8,
+        skip_modules: list[str] | None = None,
+        seed: int = 0,
+        bias_correction: bool = True,
+        tokenizer: Any = None,
+        dequantize: bool = False,
+        trainable_scales: bool = False,
+        layers: list[dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,  # keys of later versions: a checkpoint that needs them raises its format version
+    ) -> None:
+        self.quant_method = "qep"
+        self.format_version = format_version
+        self.bits, self.method, self.group_size = bits, method, group_size
+        self.propagation, self.damping = propagation, damping
+        self.dataset, self.num_samples, self.seq_len, self.batch_size = dataset, num_samples, seq_len, batch_size
+        self.skip_modules, self.seed, self.bias_correction = skip_modules, seed, bias_correction
+        self.layers = layers
+        self.tokenizer, self.dequantize, self.trainable_scales = tokenizer, dequantize, trainable_scales
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Refuse what cannot work, before any weight is read."""
+        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+            raise FormatVersionError(
+                f"this checkpoint has qep format version {self.format_version!r} and this hf_qep reads up to "
+                f"{FORMAT_VERSION}; run: pip install --upgrade hf-qep"
+            )
+        if self.layers is not None:
+            self._check_layers()
+            return
+        METHODS.get(self.method)
+        _in_range("bits", self.bits, 0.3, 2.5)
+        _in_range("propagation", self.propagation, 0.0, 1.0)
+        _in_range("damping", self.damping, 1e-6, 10.0)
+        for name in ("num_samples", "seq_len", "batch_size"):
+            _whole(name, getattr(self, name), 1)
+        _whole("seed", self.seed, 0)
+        if self.group_size is not None:
+            _whole("group_size", self.group_size, 1)
+        if isinstance(self.skip_modules, str):
+            raise ConfigError(f"skip_modules must be a list of names, not the string {self.skip_modules!r}")
+
+    def _check_layers(self) -> None:
+        for entry in self.layers or []:
+            if not isinstance(entry, dict) or not isinstance(entry.get("modules"), list):
+                raise CheckpointError(f"`layers` in the quantization config holds {entry!r}, which names no modules")
+            self._spec_of(entry)
+
+    @staticmethod
+    def _spec_of(entry: dict[str, Any]) -> Any:
+        options = {k: v for k, v in entry.items() if k != "modules"}
+        module = FORMATS.get(str(options.get("format")))
+        try:
+            return module.Spec(**options)
+        except TypeError as error:
+            raise CheckpointError(f"the options {options!r} do not fit format `{module.NAME}`: {error}") from error
+
+    def layer_specs(self) -> dict[str, Any]:
+        """Module name -> format spec of every quantised module."""
+        return {name: self._spec_of(e) for e in self.layers or [] for name in e["modules"]}
+
+    def set_layers(self, specs: dict[str, Any]) -> None:
+        """Record the quantised modules, grouped by equal spec, in model order."""
+        grouped: dict[Any, list[str]] = {}
+        for name, spec in specs.items():
+            grouped.setdefault(spec, []).append(name)
+        self.layers = [{k: v for k, v in asdict(s).items()} | {"modules": names} for s, names in grouped.items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into config.json: plain values only."""
+        stored = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in (*_RUNTIME, "dataset")}
+        stored["dataset"] = self.dataset if isinstance(self.dataset, str) else None
+        return stored
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Options a user may give although the checkpoint has a config of its own."""
+        return {name: getattr(self, name) for name in _LOADING}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QepConfig:
+        # from_pretrained deep-copies configs; calibration data may be large or impossible to copy (generators).
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for name, value in self.__dict__.items():
+            shared = name in _RUNTIME or name == "dataset"
+            new.__dict__[name] = value if shared else copy.deepcopy(value, memo)
+        return new
+
+
+def _in_range(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ConfigError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
+
+
+def _whole(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}")

@@ -1,0 +1,93 @@
+"""Format `factored`: two sign matrices through a rank r, with three vectors of scales.
+
+    W = diag(weight_scale) S_left diag(middle_scale) S_right diag(column_scale)
+
+    tensor         dtype    shape                     stored bits
+    weight         int32    (rank, ceil(in/32))       S_right
+    left           int32    (out, ceil(rank/32))      S_left
+    weight_scale   float16  (out,)                    16 out
+    middle_scale   float16  (rank,)                   16 rank
+    column_scale   float16  (in,)                     16 in
+
+Bits per weight are about rank (out + in) / (out in), so any budget from 0.3 to 2.5 is a rank.
+Double binary factorisation, arXiv 2505.11076.  The packed tensor that every format has is called `weight`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_qep.bitorder import pack_signs, unpack_signs, words_for
+from hf_qep.errors import ConfigError
+from hf_qep.formats.sign import Shape, bits_of, to_half
+from hf_qep.kernels import dispatch
+
+NAME = "factored"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Options of the format; stored per layer group in config.json."""
+
+    rank: int
+    """Inner width of the two sign matrices."""
+    format: str = NAME
+
+
+def layout(spec: Spec, out_features: int, in_features: int) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Tensors of one linear."""
+    if spec.rank < 1:
+        raise ConfigError(f"rank {spec.rank} of a factored layer must be at least 1")
+    return {
+        "weight": ((spec.rank, words_for(in_features)), torch.int32),
+        "left": ((out_features, words_for(spec.rank)), torch.int32),
+        "weight_scale": ((out_features,), torch.float16),
+        "middle_scale": ((spec.rank,), torch.float16),
+        "column_scale": ((in_features,), torch.float16),
+    }
+
+
+def pack(parts: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
+    """parts: left bool (out, rank), right bool (rank, in), row_scale (out,), middle_scale (rank,), column_scale (in,)."""
+    return {
+        "weight": pack_signs(parts["right"]),
+        "left": pack_signs(parts["left"]),
+        "weight_scale": to_half(parts["row_scale"], "row scale"),
+        "middle_scale": to_half(parts["middle_scale"], "middle scale"),
+        "column_scale": to_half(parts["column_scale"], "column scale"),
+    }
+
+
+def unpack(tensors: dict[str, Tensor], spec: Spec, out_features: int, in_features: int) -> dict[str, Tensor]:
+    """Inverse of `pack`, scales as float32."""
+    return {
+        "left": unpack_signs(tensors["left"], spec.rank, torch.int8) > 0,
+        "right": unpack_signs(tensors["weight"], in_features, torch.int8) > 0,
+        "row_scale": tensors["weight_scale"].float(),
+        "middle_scale": tensors["middle_scale"].float(),
+        "column_scale": tensors["column_scale"].float(),
+    }
+
+
+def dequantize(
+    tensors: dict[str, Tensor], spec: Spec, out_features: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Dense weight (out, in) of `dtype`, multiplied in float32."""
+    row, middle = tensors["weight_scale"].unsqueeze(-1), tensors["middle_scale"].unsqueeze(-1)
+    left = dispatch.scaled_signs(tensors["left"], spec.rank, row, None, torch.float32)
+    right = dispatch.scaled_signs(tensors["weight"], in_features, middle, tensors["column_scale"], torch.float32)
+    return (left @ right).to(dtype)
+
+
+def linear(x: Tensor, tensors: dict[str, Tensor], spec: Spec, bias: Tensor | None) -> Tensor:
+    """x (..., in) -> (..., out)."""
+    row, middle, column = tensors["weight_scale"], tensors["middle_scale"], tensors["column_scale"]
+    return dispatch.factored_linear(x, tensors["left"], tensors["weight"], row, middle, column, bias)
+
+
+def stored_bits(spec: Spec, out_features: int, in_features: int) -> int:
+    """Bits of all tensors of one linear, padding and scales included."""
+    return bits_of(layout(spec, out_features, in_features))

@@ -1,0 +1,156 @@
+"""Layers that hold one format's tensors and call its product.
+
+Scales stay float16 whatever dtype the model is cast to, because they are what was stored; while scales are trained they
+are float32 (`train_scales`), and `packed_state` gives the tensors as they are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_qep.registry import FORMATS
+
+
+class PackedTensors(nn.Module):
+    """Parameters of one format, for one matrix or for a stack of them.
+
+    spec: a format's Spec. out_features, in_features: of one matrix. stack: leading dimensions, () for one matrix.
+    """
+
+    spec: Any
+    out_features: int
+    in_features: int
+
+    def _allocate(self, spec: Any, shape: tuple[int, int], stack: tuple[int, ...], device: Any) -> None:
+        self.spec = spec
+        self.out_features, self.in_features = shape
+        self.format = FORMATS.get(spec.format)
+        self.tensor_names = []
+        # Loaders initialise what they believe is missing; normal_() on int32 raises.
+        self._is_hf_initialized = True
+        for name, (size, dtype) in self.format.layout(spec, *shape).items():
+            value = torch.zeros(*stack, *size, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            self.tensor_names.append(name)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The format's tensors, by name."""
+        return {name: getattr(self, name) for name in self.tensor_names}
+
+    def packed_state(self) -> dict[str, Tensor]:
+        """The tensors in their stored dtypes."""
+        layout = self.format.layout(self.spec, self.out_features, self.in_features)
+        return {name: t.detach().to(layout[name][1]) for name, t in self.tensors().items()}
+
+    @torch.no_grad()
+    def load_packed(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the tensors of one matrix as `format.pack` gives them."""
+        for name in self.tensor_names:
+            current = getattr(self, name)
+            if tensors[name].shape != current.shape or tensors[name].dtype != current.dtype:
+                raise ValueError(f"`{name}` must be {current.dtype} {tuple(current.shape)}")
+            setattr(self, name, nn.Parameter(tensors[name].to(current.device), requires_grad=False))
+
+    def train_scales(self) -> None:
+        """Make the scales float32 parameters that train; float16 would swallow small updates."""
+        for name, tensor in self.tensors().items():
+            if tensor.is_floating_point():
+                setattr(self, name, nn.Parameter(tensor.detach().float(), requires_grad=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        kept = {name: t.data for name, t in self.tensors().items() if t.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != value.dtype:  # a cast of the model: keep the stored value, follow only the device
+                setattr(self, name, nn.Parameter(value.to(moved.device), requires_grad=moved.requires_grad))
+        return self
+
+
+class QepLinear(PackedTensors, nn.Linear):
+    """Packed replacement of nn.Linear: y = x W^T + bias with W as the format defines it.
+
+    It is an nn.Linear so that peft and others find it, but never allocates a float weight; `weight` is the packed
+    tensor. bias: dtype of the model, shape (out,).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        spec: Any,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self._allocate(spec, (out_features, in_features), (), device)
+        value = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
+        self.register_parameter("bias", value if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), dtype of x."""
+        return self.format.linear(x, self.tensors(), self.spec, self.bias)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Dense weight (out, in)."""
+        return self.format.dequantize(self.tensors(), self.spec, self.out_features, self.in_features, dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and format, for print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.spec}"
+
+
+class QepConv1D(QepLinear):
+    """Packed replacement of transformers' Conv1D, whose float weight is (in, out)."""
+
+
+class QepExpertWeight(PackedTensors):
+    """Packed stack of expert matrices in the place of one 3-D parameter (experts, out, in).
+
+    Indexing gives one dense matrix, so a family's own loop over experts works unchanged.
+    """
+
+    def __init__(
+        self, experts: int, in_features: int, out_features: int, spec: Any, dtype: torch.dtype, device: Any = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.experts, self.compute_dtype = experts, dtype
+        self._allocate(spec, (out_features, in_features), (experts,), device)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the float parameter this stands for."""
+        return torch.Size((self.experts, self.out_features, self.in_features))
+
+    def __len__(self) -> int:
+        return self.experts
+
+    def __getitem__(self, expert: int | Tensor) -> Tensor:
+        """Dense (out, in) matrix of one expert, in the model's dtype."""
+        tensors = {name: t[expert] for name, t in self.tensors().items()}
+        return self.format.dequantize(tensors, self.spec, self.out_features, self.in_features, self.compute_dtype)
+
+    @torch.no_grad()
+    def load_packed_expert(self, expert: int, tensors: dict[str, Tensor]) -> None:
+        """Take over the packed tensors of one expert."""
+        for name in self.tensor_names:
+            getattr(self, name).data[expert] = tensors[name]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Dense (experts, out, in)."""
+        return torch.stack([self[e] for e in range(self.experts)]).to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.tensors()["weight"].device))
+        self.compute_dtype = probe.dtype
+        return super()._apply(fn, recurse)
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedTensors]:
+    """Name -> packed module, in model order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedTensors)}
