@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transformers.pytorch_utils import Conv1D
+
 from hf_qep.registry import FORMATS
 
 
@@ -154,3 +156,29 @@ class QepExpertWeight(PackedTensors):
 def packed_modules(model: nn.Module) -> dict[str, PackedTensors]:
     """Name -> packed module, in model order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedTensors)}
+
+
+def packed_like(model: nn.Module, name: str, spec: Any, device: Any = None) -> PackedTensors:
+    """Packed, zero-filled replacement of the float linear, Conv1D or 3-D expert parameter called `name`.
+
+    device: default is the device of the float weight. Raises ConfigError if the spec does not fit the shape.
+    """
+    parent, _, leaf = name.rpartition(".")
+    found = getattr(model.get_submodule(parent), leaf)
+    weight = found.weight if isinstance(found, nn.Module) else found
+    device = weight.device if device is None else device
+    if not isinstance(found, nn.Module):
+        experts, out_features, in_features = weight.shape
+        return QepExpertWeight(experts, in_features, out_features, spec, weight.dtype, device)
+    transposed = isinstance(found, Conv1D)
+    out_features, in_features = weight.shape[::-1] if transposed else weight.shape
+    kind = QepConv1D if transposed else QepLinear
+    return kind(in_features, out_features, found.bias is not None, spec, weight.dtype, device)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module or parameter called `name` is."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    owner._parameters.pop(leaf, None)
+    setattr(owner, leaf, new)

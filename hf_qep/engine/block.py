@@ -1,0 +1,224 @@
+"""One block: observe -> correct -> solve -> pack, group by group, then advance.
+
+The float stream runs through the block once, while its weights are still float, and leaves the inputs of every group
+behind.  The quantised stream then runs up to each group in turn, so a group sees the error of all groups before it,
+and once more to the end: at most groups + 1 passes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_qep.algorithms.moments import Moments
+from hf_qep.algorithms.qep import correct_target
+from hf_qep.architectures.access import get_bias, get_weight
+from hf_qep.architectures.observe import LinearObserver, StopForward
+from hf_qep.architectures.skeleton import BlockInputs, run_block
+from hf_qep.architectures.structure import Block, Group, LinearRef
+from hf_qep.config import QepConfig
+from hf_qep.engine.report import LayerReport, QuantizationReport
+from hf_qep.engine.streams import Stream, StreamStore
+from hf_qep.errors import NonFiniteError
+from hf_qep.methods.problem import LayerProblem
+from hf_qep.modules import PackedTensors, QepExpertWeight, packed_like, replace_module
+from hf_qep.registry import METHODS
+
+
+@dataclass
+class Job:
+    """What all blocks of a run share."""
+
+    model: nn.Module
+    config: QepConfig
+    inputs: BlockInputs
+    float_stream: Stream
+    quantized_stream: Stream
+    store: StreamStore
+    report: QuantizationReport
+
+    def strength(self, group: Group) -> float:
+        """Propagation alpha of a group."""
+        return 0.0 if group.exempt else self.config.propagation * group.strength
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the wall time of the body to a phase."""
+        began = time.perf_counter()
+        yield
+        self.report.seconds[phase] += time.perf_counter() - began
+
+
+@torch.no_grad()
+def quantize_block(job: Job, index: int, block: Block) -> None:
+    """Quantise all groups of a block in place and move both streams behind it."""
+    with job.timed("float pass"):
+        float_inputs = _float_pass(job, index, block)
+    passes = 0
+    for group, kept in zip(block.groups, float_inputs, strict=True):
+        with job.timed("observe"):
+            moments = _observe(job, index, block, group, kept)
+            passes += 1
+        kept.clear()
+        _solve_group(job, group, moments)
+    with job.timed("advance"):
+        device = _device(job.model, block)
+        for batch in range(len(job.quantized_stream)):
+            _step(job, index, block, job.quantized_stream, batch, device, advance=True)
+        passes += 1
+    job.report.passes.append((1, passes))
+
+
+def _device(model: nn.Module, block: Block) -> torch.device:
+    return next(model.get_submodule(block.name).parameters()).device
+
+
+def _step(job: Job, index: int, block: Block, stream: Stream, batch: int, device: torch.device, *, advance: bool) -> None:
+    hidden = run_block(job.model, block, stream.get(batch, device), job.inputs.call(index, batch, device))
+    if advance:
+        stream.replace(batch, hidden)
+
+
+def _float_pass(job: Job, index: int, block: Block) -> list[Stream]:
+    """Advance the float stream and keep the input of every group that propagates errors."""
+    kept = [job.store.stream() for _ in block.groups]
+    wanted = {g.linears[0]: s for g, s in zip(block.groups, kept, strict=True) if job.strength(g) > 0}
+    device = _device(job.model, block)
+    weights = {ref: get_weight(job.model, ref) for ref in wanted}
+    with LinearObserver(weights, lambda ref, x: wanted[ref].append(x)):
+        for batch in range(len(job.float_stream)):
+            _step(job, index, block, job.float_stream, batch, device, advance=True)
+    return kept
+
+
+def _observe(job: Job, index: int, block: Block, group: Group, float_input: Stream) -> dict[LinearRef, Moments]:
+    """Moments of the quantised stream at a group: one for linears that share their input, one per expert."""
+    experts = group.linears[0].expert is not None
+    watched = group.linears if experts else group.linears[:1]
+    device = _device(job.model, block)
+    cross = len(float_input) > 0
+    moments = {ref: Moments(ref.in_features, cross=cross, device=device) for ref in watched}
+    batch = 0
+
+    def see(ref: LinearRef, x: Tensor) -> None:
+        x_float = float_input.get(batch, device).flatten(0, -2) if cross else None
+        moments[ref].update(x.flatten(0, -2), x_float)
+        if not experts:
+            raise StopForward
+
+    with LinearObserver({ref: get_weight(job.model, ref) for ref in watched}, see):
+        for batch in range(len(job.quantized_stream)):
+            try:
+                _step(job, index, block, job.quantized_stream, batch, device, advance=False)
+            except StopForward:
+                continue
+    return moments
+
+
+def _solve_group(job: Job, group: Group, moments: dict[LinearRef, Moments]) -> None:
+    packed: dict[str, PackedTensors] = {}
+    pool = _pool(moments)
+    for ref in group.linears:
+        own = moments[ref] if ref in moments else moments[group.linears[0]]
+        hessian = _shrink(own, pool) if ref.expert is not None else own.hessian()
+        if not torch.isfinite(hessian).all():
+            raise NonFiniteError(
+                f"the activations that enter `{ref.name}` are not finite; load the model in float32 or bfloat16 and "
+                "check the calibration data"
+            )
+        _solve_linear(job, group, ref, own, hessian, packed)
+    for name, module in packed.items():
+        replace_module(job.model, name, module)
+
+
+def _pool(moments: dict[LinearRef, Moments]) -> Tensor | None:
+    """Hessian over the tokens of all experts."""
+    if len(moments) == 1:
+        return None
+    total = max(1, sum(m.count for m in moments.values()))
+    return sum(m.hessian() * (m.count / total) for m in moments.values())
+
+
+def _shrink(own: Moments, pool: Tensor | None) -> Tensor:
+    """An expert that saw few tokens borrows the statistics of all: as many tokens' worth as its input is wide."""
+    if pool is None:
+        return own.hessian()
+    share = own.count / (own.count + pool.shape[0])
+    return own.hessian() * share + pool * (1 - share)
+
+
+def _solve_linear(
+    job: Job, group: Group, ref: LinearRef, moments: Moments, hessian: Tensor, packed: dict[str, PackedTensors]
+) -> None:
+    config, method = job.config, METHODS.get(job.config.method)
+    weight = get_weight(job.model, ref).float()
+    strength = job.strength(group) if moments.has_cross else 0.0
+    spec = method.spec(config.bits, config.group_size, ref.out_features, ref.in_features)
+    with job.timed("correct"):
+        target = weight
+        if strength > 0:
+            cross = moments.cross()
+            target = correct_target(weight, hessian, cross, strength=strength, damping=config.damping)
+    with job.timed("solve"):
+        generator = torch.Generator().manual_seed(layer_seed(config.seed, ref))
+        parts = method.solve(LayerProblem(target, hessian, spec, config.damping, generator))
+    if ref.name not in packed:
+        packed[ref.name] = packed_like(job.model, ref.name, spec)
+    module = packed[ref.name]
+    tensors = {k: v.to(weight.device) for k, v in module.format.pack(parts, spec).items()}
+    shipped = module.format.dequantize(tensors, spec, ref.out_features, ref.in_features, torch.float32)
+    if isinstance(module, QepExpertWeight):
+        module.load_packed_expert(ref.expert, tensors)
+    else:
+        module.load_packed(tensors)
+        _set_bias(job, ref, module, weight, shipped, moments, corrected=strength > 0)
+    job.report.layers.append(
+        LayerReport(
+            name=ref.name,
+            expert=ref.expert,
+            out_features=ref.out_features,
+            in_features=ref.in_features,
+            spec=asdict(spec),
+            stored_bits=module.format.stored_bits(spec, ref.out_features, ref.in_features),
+            error=_relative_error(target, shipped, hessian),
+            tokens=moments.count,
+            propagation=strength,
+            exempt=group.exempt,
+        )
+    )
+
+
+def _set_bias(
+    job: Job, ref: LinearRef, module: Any, weight: Tensor, shipped: Tensor, moments: Moments, *, corrected: bool
+) -> None:
+    """Copy the bias; with bias correction also move the mean output error into it."""
+    bias = get_bias(job.model, ref)
+    if bias is None:
+        return
+    new = bias.float()
+    if job.config.bias_correction:
+        aim = moments.mean_float() if corrected else moments.mean_quantized()
+        new = new + weight @ aim.to(weight) - shipped @ moments.mean_quantized().to(weight)
+    module.bias.data.copy_(new)
+
+
+def _relative_error(target: Tensor, shipped: Tensor, hessian: Tensor) -> float:
+    def energy(m: Tensor) -> float:
+        return (m @ hessian * m).sum().item()
+
+    return energy(target - shipped) / max(energy(target), 1e-30)
+
+
+def layer_seed(seed: int, ref: LinearRef) -> int:
+    """Seed of one linear, from its name: order and number of devices cannot change it."""
+    digest = hashlib.sha256(f"{seed}:{ref.name}:{ref.expert}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
