@@ -1,8 +1,8 @@
 """Signs as bits: the one place that knows the order.
 
-Bit j of word w is the sign of column 32 w + j: 1 = +1, 0 = -1.  Words are int32, little endian, so byte k of a row holds
-columns 8k .. 8k+7 with the lowest column in the lowest bit (`numpy.packbits(..., bitorder="little")` viewed as int32).
-Columns beyond the last are 0 bits.
+Bit j of word w is the sign of column 32 w + j: 1 = +1, 0 = -1.  Words are int32, little endian, so byte k of a row
+holds columns 8k .. 8k+7 with the lowest column in the lowest bit (`numpy.packbits(..., bitorder="little")` viewed as
+int32).  Columns beyond the last are 0 bits.
 """
 
 from __future__ import annotations

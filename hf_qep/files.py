@@ -61,7 +61,9 @@ def write_aside(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def write_text_aside(path: Path, text: str) -> None:
     """Replace one file in a single step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as f:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+    ) as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from transformers.pytorch_utils import Conv1D
 
 from hf_qep.registry import FORMATS
@@ -104,7 +103,8 @@ class QepLinear(PackedTensors, nn.Linear):
 
     def extra_repr(self) -> str:
         """Shape and format, for print(model)."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.spec}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}, {self.spec}"
 
 
 class QepConv1D(QepLinear):

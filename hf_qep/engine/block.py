@@ -15,19 +15,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from hf_qep.algorithms.moments import Moments
-from hf_qep.algorithms.qep import correct_target
 from hf_qep.architectures.access import get_bias, get_weight
 from hf_qep.architectures.observe import LinearObserver, StopForward
 from hf_qep.architectures.skeleton import BlockInputs, run_block
 from hf_qep.architectures.structure import Block, Group, LinearRef
+from hf_qep.methods.problem import LayerProblem
+from torch import Tensor, nn
+
+from hf_qep.algorithms.moments import Moments
+from hf_qep.algorithms.qep import correct_target
 from hf_qep.config import QepConfig
 from hf_qep.engine.report import LayerReport, QuantizationReport
 from hf_qep.engine.streams import Stream, StreamStore
 from hf_qep.errors import NonFiniteError
-from hf_qep.methods.problem import LayerProblem
 from hf_qep.modules import PackedTensors, QepExpertWeight, packed_like, replace_module
 from hf_qep.registry import METHODS
 
@@ -80,7 +80,9 @@ def _device(model: nn.Module, block: Block) -> torch.device:
     return next(model.get_submodule(block.name).parameters()).device
 
 
-def _step(job: Job, index: int, block: Block, stream: Stream, batch: int, device: torch.device, *, advance: bool) -> None:
+def _step(
+    job: Job, index: int, block: Block, stream: Stream, batch: int, device: torch.device, *, advance: bool
+) -> None:
     hidden = run_block(job.model, block, stream.get(batch, device), job.inputs.call(index, batch, device))
     if advance:
         stream.replace(batch, hidden)
@@ -124,16 +126,14 @@ def _observe(job: Job, index: int, block: Block, group: Group, float_input: Stre
 
 def _solve_group(job: Job, group: Group, moments: dict[LinearRef, Moments]) -> None:
     packed: dict[str, PackedTensors] = {}
-    pool = _pool(moments)
+    try:
+        pool = _pool(moments)
+        hessians = {ref: _shrink(own, pool) for ref, own in moments.items()}
+    except NonFiniteError as error:
+        raise NonFiniteError(f"`{group.linears[0].name}`: {error}") from error
     for ref in group.linears:
-        own = moments[ref] if ref in moments else moments[group.linears[0]]
-        hessian = _shrink(own, pool) if ref.expert is not None else own.hessian()
-        if not torch.isfinite(hessian).all():
-            raise NonFiniteError(
-                f"the activations that enter `{ref.name}` are not finite; load the model in float32 or bfloat16 and "
-                "check the calibration data"
-            )
-        _solve_linear(job, group, ref, own, hessian, packed)
+        seen = ref if ref in moments else group.linears[0]
+        _solve_linear(job, group, ref, moments[seen], hessians[seen], packed)
     for name, module in packed.items():
         replace_module(job.model, name, module)
 
@@ -159,7 +159,7 @@ def _solve_linear(
 ) -> None:
     config, method = job.config, METHODS.get(job.config.method)
     weight = get_weight(job.model, ref).float()
-    strength = job.strength(group) if moments.has_cross else 0.0
+    strength = job.strength(group)
     spec = method.spec(config.bits, config.group_size, ref.out_features, ref.in_features)
     with job.timed("correct"):
         target = weight
@@ -220,5 +220,3 @@ def layer_seed(seed: int, ref: LinearRef) -> int:
     """Seed of one linear, from its name: order and number of devices cannot change it."""
     digest = hashlib.sha256(f"{seed}:{ref.name}:{ref.expert}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-

@@ -6,11 +6,11 @@ import warnings
 from pathlib import Path
 
 import torch
+from hf_qep.architectures.skeleton import block_inputs
+from hf_qep.architectures.structure import Structure, describe
 from torch import nn
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from hf_qep.architectures.skeleton import block_inputs
-from hf_qep.architectures.structure import Structure, describe
 from hf_qep.config import QepConfig
 from hf_qep.engine.block import Job, quantize_block
 from hf_qep.engine.calibration import Calibration, advise

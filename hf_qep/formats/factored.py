@@ -51,7 +51,7 @@ def layout(spec: Spec, out_features: int, in_features: int) -> dict[str, tuple[S
 
 
 def pack(parts: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-    """parts: left bool (out, rank), right bool (rank, in), row_scale (out,), middle_scale (rank,), column_scale (in,)."""
+    """parts: left bool (out, rank), right bool (rank, in), row_scale, middle_scale and column_scale vectors."""
     return {
         "weight": pack_signs(parts["right"]),
         "left": pack_signs(parts["left"]),

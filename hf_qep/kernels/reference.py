@@ -21,7 +21,9 @@ FEW_TOKENS = 4
 """Up to so many tokens the byte table beats unpacking: each token reads 1/8 of the entries a dense row has."""
 
 
-def scaled_signs(words: Tensor, columns: int, row_scale: Tensor, column_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def scaled_signs(
+    words: Tensor, columns: int, row_scale: Tensor, column_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Dense matrix (rows, columns) of `dtype`.  words int32 (rows, ceil(columns/32)); row_scale (rows, groups)."""
     signs = unpack_signs(words, columns, torch.float32)
     groups = row_scale.shape[-1]
@@ -31,7 +33,9 @@ def scaled_signs(words: Tensor, columns: int, row_scale: Tensor, column_scale: T
     return dense.to(dtype)
 
 
-def sign_linear(x: Tensor, words: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def sign_linear(
+    x: Tensor, words: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
     """x (..., in) float -> (..., out) of the same dtype."""
     rows, columns = words.shape[0], x.shape[-1]
     tokens = x.numel() // max(columns, 1)
