@@ -1,7 +1,8 @@
 """Where calibration and evaluation text comes from: local files, Hub data sets, lists in memory, weighted mixes.
 
 A *document* is one string, or one chat: a list of {"role", "content"}. One text file is one document; one row of a
-json, jsonl, csv or parquet file, or of a Hub data set, is one document. Line ends become "\\n"; empty rows are left out.
+json, jsonl, csv or parquet file, or of a Hub data set, is one document. Line ends become "\\n"; empty rows are left
+out.
 """
 
 from __future__ import annotations
@@ -107,13 +108,17 @@ def open_sources(spec: Any) -> list[tuple[TextSource, float]]:
 
 def is_mix(spec: Any) -> bool:
     """Whether `spec` is a list of (source, weight) pairs."""
-    return isinstance(spec, list | tuple) and bool(spec) and all(
-        isinstance(part, tuple | list)
-        and len(part) == 2
-        and isinstance(part[0], str | Path | list)
-        and isinstance(part[1], int | float)
-        and not isinstance(part[1], bool)
-        for part in spec
+    return (
+        isinstance(spec, list | tuple)
+        and bool(spec)
+        and all(
+            isinstance(part, tuple | list)
+            and len(part) == 2
+            and isinstance(part[0], str | Path | list)
+            and isinstance(part[1], int | float)
+            and not isinstance(part[1], bool)
+            for part in spec
+        )
     )
 
 
@@ -157,7 +162,7 @@ def _take(source: TextSource, limit: int | None, seed: int) -> list[Document]:
 
 
 def _split_mix(spec: str) -> list[tuple[str, float]]:
-    """"a.txt*0.7,b.jsonl*0.3" as pairs; a name that is a file is never taken apart."""
+    """ "a.txt*0.7,b.jsonl*0.3" as pairs; a name that is a file is never taken apart."""
     if Path(spec).exists() or not re.search(r"[*,]", spec):
         return [(spec, 1.0)]
     parts = []
@@ -174,7 +179,7 @@ def _split_mix(spec: str) -> list[tuple[str, float]]:
 
 def _weight(value: Any, name: Any) -> float:
     if not math.isfinite(value) or value <= 0:
-        raise CalibrationError(f"the weight {value!r} of {name!r} must be a number above 0; leave the source out instead")
+        raise CalibrationError(f"the weight {value!r} of {name!r} must be a number above 0; or leave the source out")
     return float(value)
 
 
@@ -236,7 +241,7 @@ def _read_csv(path: Path, column: str | None) -> list[Any]:
 
 
 def _read_parquet(path: Path, column: str | None) -> Sequence[Any]:
-    parquet = require("data", "pyarrow.parquet")
+    parquet = require("eval", "pyarrow.parquet")
     with parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
         types = {field.name: str(field.type) for field in schema}
@@ -300,7 +305,7 @@ def _choose_column(columns: list[str], strings: list[str], wanted: str | None, n
 
 def _open_hub(spec: str) -> TextSource:
     """A Hub data set, streamed: only the rows that are used are downloaded."""
-    datasets = require("data", "datasets")
+    datasets = require("eval", "datasets")
     identifier, config, split, column = (*spec.split(":"), "", "", "")[:4]
     try:
         stream = datasets.load_dataset(identifier, config or None, split=split or "train", streaming=True)
