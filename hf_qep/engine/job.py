@@ -6,18 +6,20 @@ import warnings
 from pathlib import Path
 
 import torch
-from hf_qep.architectures.skeleton import block_inputs
+from hf_qep.architectures.families import eager_experts
+from hf_qep.architectures.skeleton import block_inputs, forward_only
 from hf_qep.architectures.structure import Structure, describe
 from torch import nn
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_qep.config import QepConfig
+from hf_qep.conversion import settle
 from hf_qep.engine.block import Job, quantize_block
 from hf_qep.engine.calibration import Calibration, advise
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.engine.streams import StreamStore
 from hf_qep.errors import AlreadyQuantizedError, ArchitectureError
-from hf_qep.modules import packed_modules
+from hf_qep.modules import QepExpertWeight, packed_modules
 from hf_qep.progress import SILENT, Progress
 from hf_qep.registry import METHODS
 
@@ -50,7 +52,7 @@ def quantize_model(
     _check_shapes(structure, config)
     report = QuantizationReport(skipped=dict(structure.skipped), calibration=dict(calibration.description))
     _warn(report, advise(calibration.tokens, _widest(structure)))
-    with StreamStore(stream_budget, stream_folder) as store:
+    with StreamStore(stream_budget, stream_folder) as store, forward_only(model), eager_experts(model):
         inputs = block_inputs(model, structure, batches)
         floats, quantized = store.stream(), store.stream()
         for hidden in inputs.first_hidden:
@@ -93,7 +95,9 @@ def _warn(report: QuantizationReport, text: str | None) -> None:
 def _mark_quantized(model: nn.Module, config: QepConfig) -> None:
     """Leave the model as `from_pretrained` leaves a quantised one, so that saving writes the config."""
     config = type(config)(**{k: v for k, v in config.to_dict().items() if k != "quant_method"})
-    config.set_layers({name: module.spec for name, module in packed_modules(model).items()})
+    settle(model, config)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, config.quant_method
+    if any(isinstance(m, QepExpertWeight) for m in model.modules()):
+        model.set_experts_implementation("eager")  # the only one that asks for one expert's matrix at a time
