@@ -133,6 +133,9 @@ class QepExpertWeight(PackedTensors):
         return self.experts
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
+        return self(expert)  # a call, because accelerate brings offloaded tensors back in a hook on calls
+
+    def forward(self, expert: int | Tensor) -> Tensor:
         """Dense (out, in) matrix of one expert, in the model's dtype."""
         tensors = {name: t[expert] for name, t in self.tensors().items()}
         return self.format.dequantize(tensors, self.spec, self.out_features, self.in_features, self.compute_dtype)
