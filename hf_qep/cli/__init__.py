@@ -1,0 +1,77 @@
+"""The command `hf-qep`: a table of sub-commands, each imported when it is called or its help is shown.
+
+Exit codes: 0 done; 1 a defect of this program (with a traceback); 2 wrong usage, or a request that cannot be met (one
+sentence on standard error, or {"error": {"type", "message"}} on standard output with --json); 130 interrupted.
+HF_QEP_DEBUG=1 shows the traceback of the errors that end in exit code 2 too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from hf_qep.cli import output
+
+COMMANDS = {
+    "quantize": "hf_qep.cli.quantize:quantize_command",
+    "inspect": "hf_qep.cli.inspect:inspect_command",
+    "eval": "hf_qep.cli.eval:eval_command",
+    "compare": "hf_qep.cli.compare:compare_command",
+    "demo": "hf_qep.cli.demo:demo_command",
+}
+"""What the user types -> where it is. These modules import nothing heavy at their top."""
+
+
+class GuardedCommand(TyperCommand):
+    """A command whose expected errors end in one sentence and exit code 2."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command's function; `--json` also decides how an error is shown."""
+        as_json = any(ctx.params.get(p.name) for p in self.params if "--json" in p.opts)
+        with output.errors_as_exit_code(as_json):
+            return super().invoke(ctx)
+
+
+class LazyGroup(TyperGroup):
+    """The sub-commands of COMMANDS, imported one by one."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        """Names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+        """The command behind a name, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, function = COMMANDS[cmd_name].partition(":")
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command(cmd_name, cls=GuardedCommand)(getattr(importlib.import_module(module), function))
+        return typer.main.get_command(single)
+
+
+app = typer.Typer(name="hf-qep", cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("hf-qep"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """About one bit per weight for Hugging Face models."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

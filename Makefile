@@ -1,0 +1,37 @@
+# make demo   quantise the bundled model four ways, offline, and compare (minutes on two cores)
+# make test   the whole test suite
+# make lint   style only
+PYTHON ?= python3
+PYTEST_FLAGS ?= -q
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RECIPE := pyproject.toml constraints.txt
+
+.PHONY: demo test lint install clean
+
+demo: $(VENV)/.base
+	HF_HUB_OFFLINE=1 $(BIN)/hf-qep demo
+
+test: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(VENV)/.dev
+
+clean:
+	rm -rf $(VENV)
+
+# torch first and alone: the largest download is then never resolved twice, and a CPU build already present is kept.
+$(VENV)/.base: $(RECIPE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) install -q -c constraints.txt -e '.[dev,eval,bench]'
+	touch $@
