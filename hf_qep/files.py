@@ -48,14 +48,27 @@ def write_aside(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield aside
         for path in aside.rglob("*"):
             _flush(path)
-        if final.is_dir():
-            shutil.rmtree(final)
         os.chmod(aside, 0o755)
-        os.replace(aside, final)
+        _swap(aside, final)
         _flush(final.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _swap(aside: Path, final: Path) -> None:
+    """Put `aside` in the place of `final`. An old folder is moved away whole before it is deleted, so that a kill never
+    leaves half of it under its name."""
+    old = aside.with_name(f"{aside.name.removesuffix('.partial')}.old.partial")
+    if final.is_dir():
+        os.replace(final, old)
+    try:
+        os.replace(aside, final)
+    except BaseException:
+        if old.is_dir():
+            os.replace(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text_aside(path: Path, text: str) -> None:

@@ -1,0 +1,188 @@
+"""Headers of safetensors files, read as untrusted input: no weight is read, nothing is allocated by what they claim.
+
+A file is: 8 bytes, the header length N, little-endian; N bytes of json, name -> {dtype, shape, data_offsets}; the data.
+The tensors must fill the data exactly: no hole, no overlap, no byte left over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_qep.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""Limit of the safetensors library itself."""
+MAX_JSON_BYTES = 64 << 20
+MAX_DIMENSION = 2**31
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+_ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor as its file describes it. bytes: size of its data."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A json object of a checkpoint. Raises CheckpointError if it is missing, too large, not json or not an object."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.name!r} is missing in {path.parent.name!r}; download the checkpoint again")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path.name!r} has {path.stat().st_size} bytes, more than {MAX_JSON_BYTES}; it is no config or index"
+        )
+    return _parse(path.read_bytes(), path.name)
+
+
+def read_headers(folder: Path) -> dict[str, TensorEntry]:
+    """All tensors of the checkpoint in `folder`, as transformers would find them: one file, or shards with an index.
+
+    Raises CheckpointError naming the file or tensor if one is missing, truncated, contradictory or outside `folder`.
+    """
+    if (folder / SINGLE_FILE).exists() or (folder / SINGLE_FILE).is_symlink():
+        return read_header(inside(folder, SINGLE_FILE))
+    if not (folder / INDEX_FILE).exists():
+        raise CheckpointError(_no_weights(folder))
+    weight_map = read_json(inside(folder, INDEX_FILE)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX_FILE!r} has no `weight_map`; download the checkpoint again")
+    shards = {shard: read_header(inside(folder, shard)) for shard in dict.fromkeys(weight_map.values())}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise CheckpointError(f"{INDEX_FILE!r} places {name!r} in {shard!r}, which does not hold it")
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """`folder / name` for a file of a checkpoint: a plain name, no link that leads elsewhere.
+
+    Files of the Hub cache are links into its own `blobs` folder; these are followed.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(safetensors|json)", name):
+        raise CheckpointError(
+            f"the index names the file {name!r}; only plain file names inside the folder are safe to read"
+        )
+    path, root = folder / name, folder.resolve()
+    if not path.is_file():
+        raise CheckpointError(f"{name!r} is missing in {folder.name!r}; download the checkpoint again")
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not any(path.resolve().is_relative_to(allowed) for allowed in (root, blobs)):
+        raise CheckpointError(f"{name!r} is a link to outside {folder.name!r}; replace it by a copy if you trust it")
+    return path
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Tensors of one safetensors file. Raises CheckpointError if the file is not exactly what its header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path.name!r} has {size} bytes and no safetensors header; download it again")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{path.name!r} claims a header of {length} bytes, but has {size} bytes (limit {MAX_HEADER_BYTES}); it "
+                "is truncated or not a safetensors file, download it again"
+            )
+        header = _parse(file.read(length), path.name)
+    header.pop("__metadata__", None)
+    spans = {name: _span(path.name, name, entry) for name, entry in header.items()}
+    _check_cover(path.name, spans, size - 8 - length)
+    return {
+        name: TensorEntry(path.name, header[name]["dtype"], tuple(header[name]["shape"]), end - start)
+        for name, (start, end) in spans.items()
+    }
+
+
+def _span(file: str, name: str, entry: Any) -> tuple[int, int]:
+    """(start, end) of a tensor's data, after checking that dtype, shape and offsets agree."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise CheckpointError(
+            f"the tensor {name!r} in {file!r} lacks dtype, shape or data_offsets; the file is damaged"
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise CheckpointError(f"the tensor {name!r} in {file!r} has the unknown dtype {dtype!r}")
+    if not _are_sizes(shape) or any(size > MAX_DIMENSION for size in shape):
+        raise CheckpointError(f"the tensor {name!r} in {file!r} has the impossible shape {shape!r}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"the tensor {name!r} in {file!r} has the impossible data_offsets {offsets!r}")
+    start, end = offsets
+    if end - start != math.prod(shape) * _ITEM_BYTES[dtype]:
+        raise CheckpointError(
+            f"the tensor {name!r} in {file!r} has {end - start} bytes, but {dtype} of shape {shape} needs "
+            f"{math.prod(shape) * _ITEM_BYTES[dtype]}; the file is damaged"
+        )
+    return start, end
+
+
+def _check_cover(file: str, spans: dict[str, tuple[int, int]], data_bytes: int) -> None:
+    at, previous = 0, "the header"
+    for name, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if end > data_bytes:
+            raise CheckpointError(
+                f"{file!r} is truncated: the tensor {name!r} ends at byte {end} of the data, the file has "
+                f"{data_bytes}; download it again"
+            )
+        if start != at:
+            what = "overlaps with" if start < at else "leaves a hole after"
+            raise CheckpointError(f"the tensor {name!r} in {file!r} {what} {previous!r}; the file is damaged")
+        at, previous = end, name
+    if at != data_bytes:
+        raise CheckpointError(f"{file!r} has {data_bytes - at} bytes that belong to no tensor; the file is damaged")
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _parse(text: bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, name))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{name!r} is not readable json ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name!r} holds a json {type(value).__name__}, not an object; download it again")
+    return value
+
+
+def _unique(pairs: Iterable[tuple[str, Any]], name: str) -> dict[str, Any]:
+    """Two readers may pick different ones of two equal keys; a checkpoint with such keys has no meaning."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise CheckpointError(f"{name!r} has the key {key!r} twice; the file is damaged")
+        found[key] = value
+    return found
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        return (
+            f"{folder.name!r} has only the weights {pickles[0]!r}, and such files can run code when read; convert them "
+            "to safetensors in a place you trust (load, then save_pretrained) or use a revision with safetensors"
+        )
+    return f"{folder.name!r} has neither {SINGLE_FILE!r} nor {INDEX_FILE!r}; give the folder of a transformers model"

@@ -1,0 +1,89 @@
+"""A quantised model to a folder that is complete or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_qep.accounting import bits_report
+from hf_qep.engine.headers import INDEX_FILE, read_headers
+from hf_qep.engine.manifest import MANIFEST, MANIFEST_VERSION, file_table, versions, without_folders
+from hf_qep.engine.source import free_space_check
+from hf_qep.errors import CheckpointError
+from hf_qep.files import check_output, write_aside
+
+SPARE_BYTES = 64 << 20
+"""Room for headers, config, tokenizer and manifest."""
+
+_NOT_SETTINGS = ("tokenizer.json", "vocab.json", INDEX_FILE)
+"""json files whose strings are tokens or tensor names, never paths."""
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    out_dir: str | Path,
+    *,
+    tokenizer: Any,
+    manifest: dict[str, Any],
+    overwrite: bool = False,
+    max_shard_size: str | int = "5GB",
+    remote_code: bool = False,
+) -> Path:
+    """Write model, tokenizer or processor (or None) and `hf_qep_manifest.json` to `out_dir`; returns it.
+
+    manifest: from `build_manifest`; bits, versions, sha256 and size of every file are added here.
+    overwrite: replace a folder that is not empty.
+    remote_code: add the files with which the checkpoint loads without this package (trust_remote_code=True).
+
+    Everything is written to a hidden sibling that ends in `.partial`, checked, and renamed once. On an error or
+    KeyboardInterrupt the sibling is removed; after a kill it remains and can be deleted.
+
+    Raises OutputExistsError, DiskSpaceError, CheckpointError if the written files are not what was asked.
+    """
+    out_dir = Path(out_dir)
+    check_output(out_dir, overwrite=overwrite)
+    bits = bits_report(model)
+    free_space_check(out_dir, bits["weight_bytes"] + SPARE_BYTES)
+    with write_aside(out_dir, overwrite=overwrite) as aside:
+        model.save_pretrained(aside, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        if remote_code:
+            from hf_qep.remote_code import add_remote_code
+
+            add_remote_code(aside)
+        _remove_paths(aside)
+        _verify(aside, bits["weight_bytes"])
+        written = manifest | {
+            "manifest_version": MANIFEST_VERSION,
+            "bits": bits_report(model, aside),
+            "files": file_table(aside),
+            "versions": versions(),
+        }
+        text = json.dumps(without_folders(written), indent=2, ensure_ascii=False, allow_nan=False, sort_keys=True)
+        (aside / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return out_dir
+
+
+def _remove_paths(folder: Path) -> None:
+    """Configs of models and tokenizers remember the folder they came from; it is nobody else's business."""
+    for path in folder.glob("*.json"):
+        if path.name in _NOT_SETTINGS:
+            continue
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        clean = without_folders(settings)
+        if clean != settings:
+            path.write_text(json.dumps(clean, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _verify(folder: Path, expected_bytes: int) -> None:
+    """Read the written headers back. Names may differ from the model's (old names are restored), bytes may not."""
+    written = sum(entry.bytes for entry in read_headers(folder).values())
+    if written < expected_bytes:
+        raise CheckpointError(
+            f"the written checkpoint holds {written} bytes of weights, but the model has {expected_bytes}; nothing was "
+            "kept, free some space and save again"
+        )
