@@ -66,14 +66,19 @@ class Chain:
 def trace_forward(model: PreTrainedModel, sample: dict[str, Tensor], weights: dict[LinearRef, Tensor]) -> Trace:
     """Run the model once and record every product with one of `weights` and every call of a member of a ModuleList.
 
-    Raises ArchitectureError if the model cannot run the sample.
+    A product counts only inside the forward of its own module: code that takes `module.weight` for itself would not
+    find a float weight there once the module is packed. Raises ArchitectureError if the model cannot run the sample.
     """
-    trace = Trace()
+    trace, running = Trace(), []
 
     def see(ref: LinearRef, x: Tensor) -> None:
-        trace.products.append((ref, trace.key(x)))
+        if ref.expert is not None or ref.name in running:
+            trace.products.append((ref, trace.key(x)))
 
     with ExitStack() as undo:
+        for ref in weights:
+            if ref.expert is None:
+                undo.enter_context(_marked_running(running, ref.name, model.get_submodule(ref.name)))
         for name in block_lists(model, weights):
             trace.calls[name] = []
             members = model.get_submodule(name)
@@ -155,6 +160,18 @@ def _ancestors(name: str) -> Iterator[str]:
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
+
+
+@contextmanager
+def _marked_running(running: list[str], name: str, module: nn.Module) -> Iterator[None]:
+    """Keep `name` in `running` while the module's forward runs."""
+    before = module.register_forward_pre_hook(lambda *_: running.append(name))
+    after = module.register_forward_hook(lambda *_: running.remove(name), always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
 
 
 @contextmanager

@@ -73,9 +73,10 @@ def skipped_by_user(model: nn.Module, names: Sequence[str], skip_modules: Sequen
     """Those of `names` that skip_modules covers, by the rules of transformers' `modules_to_not_convert`.
 
     An entry is the start of a name up to a dot, a regular expression for such a start, or the end of a name. Raises
-    ConfigError for an entry that is no regular expression or that covers neither a module nor one of `names`.
+    ConfigError for an entry that is no regular expression or that covers neither a module without children (a head, a
+    router, an embedding) nor one of `names`: `layers.0` ends the name of a block but of none of its linears.
     """
-    known = {name for name, _ in model.named_modules()} | set(names)
+    known = {name for name, module in model.named_modules() if not any(module.children())} | set(names)
     for entry in skip_modules:
         try:
             matches = any(not should_convert_module(name, [entry]) for name in known)

@@ -15,41 +15,42 @@ from torch.overrides import TorchFunctionMode
 
 from hf_qep.architectures.parts import LinearRef
 
+MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
 
 class StopForward(Exception):
     """Raised to end a forward pass early; whoever raises it on purpose also catches it."""
 
 
 class LinearObserver(TorchFunctionMode):
-    """While active, calls `callback(ref, x)` before each product with one of `weights`; x (..., in_features).
+    """While active, calls `callback(ref, x)` before each product x W^T with one of `weights`; x (..., in_features).
 
-    weights: LinearRef -> weight (out, in), or a view of it, as `access.get_weight` gives it. Seen are
-    `functional.linear` (linears and expert slices) and `torch.addmm` (Conv1D). Other weights are ignored, among them
-    those that a quantised module dequantises for one call. Exceptions of the callback pass through the model's forward,
-    so StopForward ends it. Inside the callback nothing is observed.
+    weights: LinearRef -> weight (out, in), as `access.get_weight` gives it. Seen are `functional.linear` (linears and
+    expert slices), `torch.addmm` (Conv1D) and `x @ weight.T` (Falcon). Other weights are ignored, among them those that
+    a quantised module dequantises for one call. Exceptions of the callback pass through the model's forward, so
+    StopForward ends it. Inside the callback nothing is observed.
     """
 
     def __init__(self, weights: Mapping[LinearRef, Tensor], callback: Callable[[LinearRef, Tensor], None]) -> None:
         super().__init__()
         self._callback = callback
         # The tensors are kept as well: an address is only unique while its tensor lives.
-        self._weights = {(w.data_ptr(), ref.kind == "conv1d"): (ref, w) for ref, w in weights.items()}
+        self._weights = {weight.data_ptr(): (ref, weight) for ref, weight in weights.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
-            self._see(_argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight"), False)
+            self._see(_argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight"))
         elif func is torch.addmm:
-            self._see(_argument(args, kwargs, 1, "mat1"), _argument(args, kwargs, 2, "mat2"), True)
+            self._see(_argument(args, kwargs, 1, "mat1"), _argument(args, kwargs, 2, "mat2").mT)
+        elif func in MATMULS and (right := _argument(args, kwargs, 1, "other")).ndim == 2:
+            self._see(_argument(args, kwargs, 0, "input"), right.mT)
         return func(*args, **kwargs)
 
-    def _see(self, x: Tensor, weight: Tensor, transposed: bool) -> None:
-        ref, known = self._weights.get((weight.data_ptr(), transposed), (None, None))
-        if ref is None:
-            return
-        matrix = weight.T if transposed else weight
-        # A transposed square matrix has the address and the shape of the linear, but is another product.
-        if matrix.shape == known.shape and matrix.stride() == known.stride():
+    def _see(self, x: Tensor, weight: Tensor) -> None:
+        ref, known = self._weights.get(weight.data_ptr(), (None, None))
+        # A square matrix that is used the other way round has the address and the shape, but not the strides.
+        if ref is not None and weight.shape == known.shape and weight.stride() == known.stride():
             self._callback(ref, x)
 
 

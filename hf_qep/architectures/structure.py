@@ -33,6 +33,8 @@ __all__ = ["Block", "Group", "LinearRef", "Structure", "describe"]
 CHAIN_TOLERANCE = 1e-3
 """Relative to the largest output: float16 kernels differ a little from run to run, a wrong mask by far more."""
 
+NOT_CALLED = "its own forward made no product x W^T in the sample forward pass"
+
 
 def describe(model: PreTrainedModel, sample: dict[str, Tensor], skip_modules: Sequence[str] = ()) -> Structure:
     """Blocks of a float model, their linears in order of execution, and what stays float and why.
@@ -60,6 +62,9 @@ def describe(model: PreTrainedModel, sample: dict[str, Tensor], skip_modules: Se
         )
         skipped |= _skipped_outside(model, chain)
         structure = Structure(model.config.model_type, blocks, skipped)
+        if not structure.linears():
+            why = next((f": `{name}`: {reason}" for name, reason in skipped.items() if _inside(name, chain.name)), "")
+            raise ArchitectureError(f"nothing is left to quantise in `{chain.name}`{why}")
         check_unshared(model, structure.linears())
         _check_chain(model, structure, sample, chain.final)
     return structure
@@ -108,7 +113,7 @@ def _skipped_in_chain(
         elif ref.expert is None and is_router(model, ref.name, ref.out_features):
             skipped[ref.name] = ROUTER_SKIPPED
         elif ref.name not in used and (ref.expert is not None or not is_expert(ref.name)):
-            skipped[ref.name] = "no product x W^T with this weight in the sample forward pass"
+            skipped[ref.name] = NOT_CALLED
     for name, module in model.get_submodule(chain.name).named_modules(prefix=chain.name):
         weight = getattr(module, "weight", None)
         bare = isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Linear | Conv1D)
