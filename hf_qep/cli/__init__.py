@@ -57,9 +57,9 @@ app = typer.Typer(name="hf-qep", cls=LazyGroup, no_args_is_help=True, pretty_exc
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from hf_qep import __version__
 
-        typer.echo(version("hf-qep"))
+        typer.echo(__version__)
         raise typer.Exit
 
 

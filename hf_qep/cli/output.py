@@ -39,6 +39,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     _console(stderr=False).print(table)
 
 
+def print_facts(title: str, facts: dict[str, Any]) -> None:
+    """A table of names and values."""
+    print_table(title, ["", ""], [(name, cell_text(value)) for name, value in facts.items()])
+
+
 def cell_text(value: Any) -> str:
     """Text of one cell: "-" for what was not measured, four significant digits for fractions."""
     if value is None:

@@ -3,46 +3,31 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_qep.cli import output
+from hf_qep.cli.placement import DeviceOption, DtypeOption, to_device, to_dtype
 from hf_qep.files import check_output
 from hf_qep.progress import Progress
 
 if TYPE_CHECKING:
-    from hf_qep.config import QepConfig
+    from hf_qep.cli.job import Saved
 
 CALIBRATION_HELP = (
     "Calibration text: a txt, jsonl, csv or parquet file (file:column), a Hub data set (id:config:split:column) or a "
     "weighted mix (a.txt*0.7,b.jsonl*0.3). Left out: the model writes its own."
 )
-
-
-@dataclass(frozen=True)
-class JobOptions:
-    """Where and how a job runs; what the result is stands in QepConfig."""
-
-    model: str
-    """Hub id or folder of the float model."""
-    out: Path
-    device: str
-    dtype: str
-    remote_code: bool
-    overwrite: bool
-    quiet: bool
+BITS_HELP = "Bits per weight: 1.0; with `factored` 0.3 to 2.5, scales included."
 
 
 def quantize_command(
     model: Annotated[str, typer.Argument(help="Hub id or folder of the float model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the quantised checkpoint.")],
-    bits: Annotated[
-        float, typer.Option(help="Bits per weight: 1.0; with `factored` 0.3 to 2.5, scales included.")
-    ] = 1.0,
-    method: Annotated[str, typer.Option(help="Solver: sign, onebit, gptq, rtn, factored.")] = "sign",
+    bits: Annotated[float, typer.Option(help=BITS_HELP)] = 1.0,
+    method: Annotated[str, typer.Option(help="Solver: sign, onebit, gptq, rtn or factored.")] = "sign",
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale. Left out: the row.")] = None,
     dataset: Annotated[str | None, typer.Option(help=CALIBRATION_HELP)] = None,
     num_samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
@@ -52,19 +37,22 @@ def quantize_command(
     damping: Annotated[float, typer.Option(help="Ridge of the Hessian, in units of its mean diagonal.")] = 0.03,
     seed: Annotated[int, typer.Option(help="Seed of sampling and solvers.")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help="Module that stays float; may be repeated.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
     remote_code: Annotated[
-        bool, typer.Option("--remote-code", help="Add loader files, so that no plugin is needed to load the folder.")
+        bool, typer.Option("--remote-code", help="Add files with which the folder loads without this plugin.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     quiet: output.QuietOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """Quantise a model to about one bit per weight and save it."""
-    job = JobOptions(model, out, device, dtype, remote_code, overwrite, quiet or as_json)
     check_output(out, overwrite=overwrite)  # before the seconds that the imports below take
+    began = time.monotonic()
+    place, stored_as = to_device(device), to_dtype(dtype)
+    from hf_qep.cli.job import quantize_and_save
     from hf_qep.config import QepConfig
+    from hf_qep.engine.source import load_float_model, resolve_model
 
     config = QepConfig(
         bits=bits,
@@ -79,61 +67,52 @@ def quantize_command(
         seed=seed,
         skip_modules=skip,
     )
-    result = quantize_to_folder(job, config)
+    folder = resolve_model(model)
+    float_model, tokenizer = load_float_model(folder, stored_as)
+    saved = quantize_and_save(
+        float_model.to(place),
+        tokenizer,
+        config,
+        out,
+        base_model=model,
+        base_folder=folder,
+        overwrite=overwrite,
+        remote_code=remote_code,
+        progress=Progress(quiet or as_json),
+    )
+    result = summary(model, out, config.method, saved) | {"seconds": round(time.monotonic() - began, 1)}
     if as_json:
         output.print_json(result)
     else:
-        show(result)
+        _show(result, quiet)
 
 
-def quantize_to_folder(job: JobOptions, config: QepConfig) -> dict[str, Any]:
-    """Run the whole job; returns what the command prints. Raises QepError or OSError, leaving no folder behind."""
-    from hf_qep.accounting import bits_report
-    from hf_qep.engine.calibration import load_calibration
-    from hf_qep.engine.job import quantize_model
-    from hf_qep.engine.source import check_checkpoint, check_finite, load_float_model, resolve_model
-    from hf_qep.engine.writer import save_checkpoint
-
-    began = time.monotonic()
-    check_output(job.out, overwrite=job.overwrite)
-    folder = resolve_model(job.model)
-    check_checkpoint(folder)
-    model, tokenizer = load_float_model(folder, dtype=job.dtype, device=job.device)
-    check_finite(model)
-    calibration = load_calibration(
-        config.dataset,
-        tokenizer,
-        num_samples=config.num_samples,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        model=model,
-    )
-    report = quantize_model(model, config, calibration, progress=Progress(job.quiet))
-    save_checkpoint(model, tokenizer, job.out, report, overwrite=job.overwrite)
+def summary(model: str, out: Path, method: str, saved: Saved) -> dict[str, Any]:
+    """What the command prints."""
+    errors = [layer.error for layer in saved.report.layers]
     return {
-        "model": job.model,
-        "out": str(job.out),
-        "method": config.method,
-        **bits_report(model, job.out),
-        "layers": len(report.layers),
-        "mean_error": sum(x.error for x in report.layers) / max(1, len(report.layers)),
-        "calibration": calibration.description | {"fingerprint": calibration.fingerprint},
-        "warnings": report.warnings,
-        "seconds": round(time.monotonic() - began, 1),
+        "model": model,
+        "out": str(out),
+        "method": method,
+        **saved.bits,
+        "layers": len(errors),
+        "mean_error": sum(errors) / len(errors),
+        "calibration": saved.calibration.description | {"fingerprint": saved.calibration.fingerprint},
+        "warnings": saved.report.warnings,
     }
 
 
-def show(result: dict[str, Any]) -> None:
-    """The summary table and what to do next."""
-    rows = [
-        ("method", result["method"]),
-        ("bits per weight, quantised linears", result["bits_linear"]),
-        ("bits per weight, whole model", result["bits_model"]),
-        ("weight files", output.human_bytes(result["file_bytes"])),
-        ("quantised layers", result["layers"]),
-        ("mean relative layer error", result["mean_error"]),
-        ("calibration tokens", result["calibration"]["tokens"]),
-        ("seconds", result["seconds"]),
-    ]
-    output.print_table(result["out"], ["", "value"], [(name, output.cell_text(value)) for name, value in rows])
-    output.note(f"What was lost is not measured yet: hf-qep compare {result['model']} {result['out']}")
+def _show(result: dict[str, Any], quiet: bool) -> None:
+    facts = {
+        "method": result["method"],
+        "bits per weight, quantised linears": result["bits_linear"],
+        "bits per weight, whole model": result["bits_model"],
+        "weight files": output.human_bytes(result["file_bytes"]),
+        "quantised layers": result["layers"],
+        "mean relative layer error": result["mean_error"],
+        "calibration tokens": result["calibration"]["tokens"],
+        "seconds": result["seconds"],
+    }
+    output.print_facts(result["out"], facts)
+    if not quiet:
+        output.note(f"What was lost is not measured yet: hf-qep compare {result['model']} {result['out']}")
