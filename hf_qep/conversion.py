@@ -160,9 +160,7 @@ def check_files(model: PreTrainedModel, files: Sequence[str], transforms: Sequen
 Header = tuple[tuple[int, ...], str]
 
 
-def _headers(
-    model: PreTrainedModel, files: Sequence[str], transforms: Sequence[WeightTransform]
-) -> dict[str, Header]:
+def _headers(model: PreTrainedModel, files: Sequence[str], transforms: Sequence[WeightTransform]) -> dict[str, Header]:
     """Name of a parameter of the model -> (shape, dtype) in the files."""
     expected = model.state_dict()
     headers: dict[str, Header] = {}
@@ -276,10 +274,13 @@ def _float_module(module: PackedTensors, dtype: torch.dtype) -> nn.Module | nn.P
 
 
 def _restore_converters(model: PreTrainedModel) -> None:
-    """Float experts again: save them as the family does."""
+    """Float experts again: save and run them as the family does."""
     ours = {re.escape(".".join(name.split(".")[-2:])) + END_OF_NAME for name, _ in model.named_parameters()}
     used = getattr(model, "_weight_conversions", None) or []
     family = get_model_conversion_mapping(model, add_legacy=False)
     model._weight_conversions = [
         t for t in used if isinstance(t, WeightRenaming) and not ours & set(t._original_source_patterns)
     ] + [t for t in family if isinstance(t, WeightConverter)]
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager":
+            module.config._experts_implementation = model.get_correct_experts_implementation(None)

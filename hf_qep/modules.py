@@ -36,7 +36,15 @@ class PackedTensors(nn.Module):
         for name, (size, dtype) in self.format.layout(spec, *shape).items():
             value = torch.zeros(*stack, *size, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            getattr(self, name)._is_hf_initialized = True  # GPT2 initialises its layers' parameters from outside
             self.tensor_names.append(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "format"}  # modules can be neither copied nor pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.format = FORMATS.get(self.spec.format)
 
     def tensors(self) -> dict[str, Tensor]:
         """The format's tensors, by name."""
