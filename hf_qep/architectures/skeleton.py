@@ -56,7 +56,7 @@ def block_inputs(model: PreTrainedModel, structure: Structure, batches: Sequence
     put back in any case. Raises ArchitectureError if the model calls a block in a way that is not understood.
     """
     result = BlockInputs(calls=[[] for _ in structure.blocks])
-    pool = _TensorPool()
+    pool = TensorPool()
     with forward_only(model), ExitStack() as undo:
         for index, block in enumerate(structure.blocks):
             last = index == len(structure.blocks) - 1
@@ -118,7 +118,7 @@ def forward_only(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _recorder(
-    result: BlockInputs, pool: _TensorPool, index: int, form: Callable[[Tensor], Any] | None
+    result: BlockInputs, pool: TensorPool, index: int, form: Callable[[Tensor], Any] | None
 ) -> Callable[..., Any]:
     """Stand-in for the forward of block `index`. form: wraps the output; None ends the pass."""
 
@@ -155,7 +155,7 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.forward = before
 
 
-class _TensorPool:
+class TensorPool:
     """Maps equal tensors to one of them, so that masks of equal batches are stored once."""
 
     def __init__(self) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional
 
 from hf_qep.architectures.access import get_weight
 from hf_qep.architectures.observe import LinearObserver, StopForward
-from hf_qep.architectures.skeleton import block_inputs, run_block
+from hf_qep.architectures.skeleton import TensorPool, block_inputs, run_block
 from hf_qep.architectures.structure import describe
 
 
@@ -37,6 +39,17 @@ def test_equal_tensors_are_stored_once_and_different_ones_apart(tiny_model, tiny
     assert masks(inputs, 1, 3)[0] is first
     cos = [inputs.calls[0][b].kwargs["position_embeddings"][0] for b in range(3)]
     assert cos[1] is cos[0] and cos[2] is cos[0]
+
+
+def test_a_double_is_freed_with_its_batch():
+    pool, double = TensorPool(), torch.ones(4)
+    kept = pool.share(torch.ones(4))
+    pool.next_batch()
+    assert pool.share(double) is kept
+    freed = weakref.ref(double)
+    del double
+    pool.next_batch()
+    assert freed() is None
 
 
 def test_padded_batches_of_one_shape_run_with_their_own_masks(tiny_model, tiny_batch):
