@@ -83,6 +83,7 @@ def load_calibration(
     for name, value in (("num_samples", num_samples), ("seq_len", seq_len)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CalibrationError(f"{name} is {value!r}; it must be a whole number above 0")
+    tokenizer = getattr(tokenizer, "tokenizer", None) or tokenizer
     if isinstance(dataset, Mapping):
         inputs, sources = _given(dict(dataset)), [{"name": "tensors in memory"}]
     elif isinstance(dataset, Tensor | np.ndarray) or _is_ids(dataset):
@@ -117,7 +118,10 @@ def _rows(
     sources = open_sources(dataset)
     if tokenizer is None:
         raise CalibrationError(f"{describe_spec(dataset)} is text, but the model has no tokenizer; pass token ids")
-    tokenizer = getattr(tokenizer, "tokenizer", None) or tokenizer
+    if "pixel_values" in getattr(tokenizer, "model_input_names", ()):
+        raise CalibrationError(
+            f"{describe_spec(dataset)} is text, but the model reads images; pass a tensor (N, C, H, W)"
+        )
     shares = apportion([weight for _, weight in sources], num_samples)
     packed: list[PackedRows] = []
     for (source, weight), share in zip(sources, shares, strict=True):
@@ -234,7 +238,10 @@ def _check_ids(inputs: dict[str, Tensor], tokenizer: Any, model: PreTrainedModel
         raise CalibrationError(f"input_ids are {ids.dtype}; token ids must be whole numbers")
     if int(ids.min()) < 0:
         raise CalibrationError(f"input_ids hold the negative id {int(ids.min())}; drop labels or padding marks first")
-    vocabulary = model.get_input_embeddings().num_embeddings if model is not None else len(tokenizer or ())
+    if model is not None:
+        vocabulary = model.get_input_embeddings().num_embeddings
+    else:
+        vocabulary = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
     if vocabulary and int(ids.max()) >= vocabulary:
         raise CalibrationError(
             f"the token id {int(ids.max())} is outside the vocabulary of {vocabulary}; use the tokenizer of this model"

@@ -59,14 +59,15 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
 
     Raises CheckpointError naming the file or tensor if one is missing, truncated, contradictory or outside `folder`.
     """
-    if (folder / SINGLE_FILE).exists() or (folder / SINGLE_FILE).is_symlink():
+    if (folder / SINGLE_FILE).exists():
         return read_header(inside(folder, SINGLE_FILE))
     if not (folder / INDEX_FILE).exists():
         raise CheckpointError(_no_weights(folder))
     weight_map = read_json(inside(folder, INDEX_FILE)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_FILE!r} has no `weight_map`; download the checkpoint again")
-    shards = {shard: read_header(inside(folder, shard)) for shard in dict.fromkeys(weight_map.values())}
+    paths = {name: inside(folder, shard) for name, shard in weight_map.items()}
+    shards = {path.name: read_header(path) for path in sorted(set(paths.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(f"{INDEX_FILE!r} places {name!r} in {shard!r}, which does not hold it")
@@ -74,21 +75,29 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """`folder / name` for a file of a checkpoint: a plain name, no link that leads elsewhere.
-
-    Files of the Hub cache are links into its own `blobs` folder; these are followed.
-    """
+    """`folder / name`. Raises CheckpointError unless the name is plain and the file is there."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(safetensors|json)", name):
         raise CheckpointError(
             f"the index names the file {name!r}; only plain file names inside the folder are safe to read"
         )
-    path, root = folder / name, folder.resolve()
+    path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{name!r} is missing in {folder.name!r}; download the checkpoint again")
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    if not any(path.resolve().is_relative_to(allowed) for allowed in (root, blobs)):
-        raise CheckpointError(f"{name!r} is a link to outside {folder.name!r}; replace it by a copy if you trust it")
     return path
+
+
+def check_links(folder: Path) -> None:
+    """Raise CheckpointError for a link that leads out of `folder`: what is read may be published again.
+
+    Files of the Hub cache are links into its own `blobs` folder; these are allowed.
+    """
+    root = folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(allowed) for allowed in (root, blobs)):
+            raise CheckpointError(
+                f"{path.name!r} is a link to outside {folder.name!r}; replace it by a copy if you trust it"
+            )
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

@@ -83,7 +83,7 @@ def file_table(folder: Path) -> dict[str, dict[str, Any]]:
 def public_name(name: str) -> str:
     """`name` without the folders of this machine: a Hub id stays, a path keeps its last part.
 
-    A mix such as "/home/me/a.txt*0.7,org/set*0.3" is taken part by part.
+    A mix such as "data/set/a.txt*0.7,org/set*0.3" is taken part by part.
     """
     return ",".join(_last_part(part) for part in name.split(","))
 

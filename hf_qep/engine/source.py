@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from hf_qep.engine.headers import MAX_DIMENSION, TensorEntry, read_headers, read_json
+from hf_qep.engine.headers import MAX_DIMENSION, TensorEntry, check_links, read_headers, read_json
 from hf_qep.errors import AlreadyQuantizedError, CheckpointError, DiskSpaceError, NonFiniteError
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
@@ -42,7 +42,7 @@ FINITE_CHUNK = 1 << 24
 class CheckpointSummary:
     """What the headers of a checkpoint say.
 
-    config: content of config.json. tensors: name -> entry. weight_bytes: data of all tensors, without headers.
+    config: content of config.json. tensors: name -> entry.
     """
 
     config: dict[str, Any]
@@ -50,6 +50,7 @@ class CheckpointSummary:
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of all tensors by their headers; `total_size` of an index is never believed."""
         return sum(entry.bytes for entry in self.tensors.values())
 
 
@@ -102,6 +103,7 @@ def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkp
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{str(folder)!r} is not a folder; give the folder of a transformers model")
+    check_links(folder)
     config = read_json(folder / "config.json")
     _check_not_quantized(config)
     _check_sizes(config, "")
@@ -141,12 +143,14 @@ def free_space_check(folder: Path, needed_bytes: int) -> None:
 
 
 def load_float_model(
-    folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    folder: Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, device: str = "cpu"
 ) -> tuple[PreTrainedModel, Any]:
-    """The checked model of `folder` in eval mode on the CPU, with its tokenizer, processor or image processor, or None.
+    """The checked model of `folder` in eval mode on `device`, with its tokenizer, processor, image processor or None.
 
-    dtype: of the weights; None keeps the stored one. The class is the one `architectures` of config.json names, else
-    the causal language model of this model type, else the bare model.
+    dtype: of the weights, such as torch.float32 or "float32"; "auto" keeps the stored one.
+
+    The class is the one `architectures` of config.json names, else the causal language model of this model type, else
+    the bare model.
 
     Raises what `check_checkpoint` and `check_finite` raise, and CheckpointError for weights that the files lack.
     """
@@ -156,7 +160,7 @@ def load_float_model(
     model, info = model_class(config).from_pretrained(
         folder,
         config=config,
-        dtype=dtype or "auto",
+        dtype=dtype,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
@@ -169,7 +173,7 @@ def load_float_model(
             "they would be random numbers"
         )
     check_finite(model)
-    return model.eval(), load_processor(folder, trust_remote_code=trust_remote_code)
+    return model.eval().to(device), load_processor(folder, trust_remote_code=trust_remote_code)
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
