@@ -56,7 +56,7 @@ def build_manifest(
         "licence": licence,
         "recipe": {key: getattr(config, key) for key in _RECIPE},
         "calibration": {**calibration.description, "fingerprint": calibration.fingerprint},
-        "report": report.to_dict(),
+        "report": {key: value for key, value in report.to_dict().items() if key != "calibration"},
     }
 
 

@@ -57,6 +57,7 @@ def save_checkpoint(
             add_remote_code(aside)
         _remove_paths(aside)
         _verify(aside, bits["weight_bytes"])
+        _share(aside)
         written = manifest | {
             "manifest_version": MANIFEST_VERSION,
             "bits": bits_report(model, aside),
@@ -77,6 +78,13 @@ def _remove_paths(folder: Path) -> None:
         clean = without_folders(settings)
         if clean != settings:
             path.write_text(json.dumps(clean, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _share(folder: Path) -> None:
+    """safetensors makes its files readable by their owner only; give them the mode that all other files got."""
+    mode = (folder / "config.json").stat().st_mode & 0o777
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _verify(folder: Path, expected_bytes: int) -> None:

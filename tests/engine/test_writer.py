@@ -70,7 +70,16 @@ def test_the_manifest_says_how_the_checkpoint_was_made(tiny_model, tmp_path):
     assert found["recipe"]["method"] == "rtn" and found["recipe"]["num_samples"] == 2
     assert len(found["calibration"]["fingerprint"]) == 64 and found["calibration"]["tokens"] == 16
     assert found["bits"]["bits_model"] == 32 and found["bits"]["file_bytes"] > found["bits"]["weight_bytes"]
-    assert found["report"]["layers"] == [] and {"python", "torch", "transformers"} <= found["versions"].keys()
+    assert (
+        found["report"]["layers"] == []
+        and "calibration" not in found["report"]
+        and {"python", "torch", "transformers"} <= found["versions"].keys()
+    )
+
+
+def test_all_files_may_be_read_by_the_same_people(tiny_model, tmp_path):
+    out = save(tiny_model("llama"), tmp_path / "out", max_shard_size="100KB")
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
 
 
 def test_no_file_shows_a_folder_of_this_machine(tiny_model, tiny_tokenizer, tmp_path):
