@@ -64,17 +64,31 @@ def describe_model(model: nn.Module, *, name: str | None = None, folder: Path | 
     files = sorted(folder.glob("*.safetensors")) if folder is not None else []
     return ModelFacts(
         name=Path(name).resolve().name if Path(name).is_dir() else name,
-        revision=getattr(getattr(model, "config", None), "_commit_hash", None),
+        revision=_revision(model, folder),
         sha256={path.name: sha256(path) for path in files},
         dtype=str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
         parameters=bits_report(model)["model_weights"],
     )
 
 
+def _revision(model: nn.Module, folder: Path | None) -> str | None:
+    if folder is not None and folder.parent.name == "snapshots":  # the Hub cache names folders by commit
+        return folder.name
+    return getattr(getattr(model, "config", None), "_commit_hash", None)
+
+
 def command_line() -> str:
-    """The command of this process as it can be typed again."""
+    """The command of this process as it can be typed again; of absolute paths only the last part is kept.
+
+    Records are published, and where a user keeps files is nobody else's business.
+    """
     program, *arguments = sys.argv
-    return shlex.join([Path(program).name, *arguments])
+    return shlex.join([Path(program).name, *(_without_folders(argument) for argument in arguments)])
+
+
+def _without_folders(argument: str) -> str:
+    parts = (option.split("=") for option in argument.split(","))  # also in --out=FILE and --tasks a=FILE,b=FILE
+    return ",".join("=".join(Path(p).name if Path(p).is_absolute() else p for p in option) for option in parts)
 
 
 def _version(distribution: str) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qep.accounting import bits_report
-from hf_qep.errors import CalibrationError
+from hf_qep.errors import ArchitectureError, CalibrationError
 from hf_qep.evaluation.divergence import TextScore, compare_language_models
 from hf_qep.evaluation.embeddings import EmbeddingScore, compare_encoders
 from hf_qep.evaluation.environment import describe_environment, describe_model
@@ -75,6 +75,7 @@ def evaluate_pair(
     float_model.eval()
     quantized_model.eval()
     text, embeddings = None, None
+    tokenizer = getattr(tokenizer, "tokenizer", None) or tokenizer
     if texts is not None:
         measured = compare_on_text(
             float_model, quantized_model, tokenizer, texts, options=options, source=source, progress=progress
@@ -107,14 +108,19 @@ def compare_on_text(
     source: str | None = None,
     progress: Progress = SILENT,
 ) -> TextScore | EmbeddingScore:
-    """Perplexity, KL and top-1 agreement for decoder-only language models; embedding distance for all others."""
+    """Perplexity, KL and top-1 agreement for decoder-only language models; for all others the distance of embeddings.
+
+    Encoders embed sentences: every non-empty line of `texts` is one.
+    Raises CalibrationError without a tokenizer, ArchitectureError for models that read no text.
+    """
     options = options or EvalOptions()
+    tokenizer = _checked_tokenizer(float_model, tokenizer)
     if not generates_text(float_model):
         return compare_encoders(
             float_model,
             quantized_model,
             tokenizer,
-            texts,
+            [line for text in texts for line in text.splitlines()],
             max_length=min(options.window or 128, _longest_sentence(tokenizer)),
             batch_size=options.batch_size,
             source=source,
@@ -160,6 +166,17 @@ def compare_on_tasks(
 
     theirs = answer(float_model) if baseline_answers is None else baseline_answers
     return compare_answers(tasks, theirs, answer(quantized_model), num_fewshot=options.num_fewshot, seed=options.seed)
+
+
+def _checked_tokenizer(model: nn.Module, tokenizer: Any) -> Any:
+    """The tokenizer itself, or that of a processor."""
+    reads = getattr(model, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise ArchitectureError(f"{type(model).__name__} reads {reads}, not text; there is no measurement for it yet")
+    tokenizer = getattr(tokenizer, "tokenizer", None) or tokenizer
+    if tokenizer is None:
+        raise CalibrationError("the model has no tokenizer, so it cannot be measured on text; add its tokenizer files")
+    return tokenizer
 
 
 def _longest_sentence(tokenizer: Any) -> int:

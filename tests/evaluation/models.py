@@ -33,7 +33,7 @@ def random_table(vocabulary: int, seed: int) -> TableModel:
 
 
 class FadingModel(TableModel):
-    """Predicts from all tokens before, the k-th last weighted by 0.7^k: each more token of context changes the result."""
+    """Predicts from all tokens before, the k-th last weighted by 0.7^k: more context always changes the result."""
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
         assert input_ids.shape[1] <= self.config.max_position_embeddings

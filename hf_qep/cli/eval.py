@@ -1,0 +1,261 @@
+"""`hf-qep eval`: a quantised checkpoint against its float original, written to `hf_qep_eval.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_qep.cli import output
+from hf_qep.cli.placement import DeviceOption, DtypeOption, to_device, to_dtype
+from hf_qep.errors import CheckpointError, ConfigError
+from hf_qep.progress import Progress
+
+if TYPE_CHECKING:
+    from hf_qep.evaluation.estimates import Estimate
+    from hf_qep.evaluation.pair import EvalOptions
+    from hf_qep.evaluation.record import EvalRecord
+
+HELD_OUT = Path(__file__).resolve().parent.parent / "demo_text" / "held_out.txt"
+
+TextOption = Annotated[
+    str | None,
+    typer.Option(help="Held-out text: file, file:column or Hub data set. Left out: three short tales, English."),
+]
+TasksOption = Annotated[
+    str | None,
+    typer.Option(help="Tasks, comma-separated: NAME=FILE (parquet, jsonl), NAME of --tasks-dir, or one of lm_eval."),
+]
+TasksDirOption = Annotated[
+    Path | None, typer.Option(help="Folder of task files; all of them are run unless --tasks names some.")
+]
+LimitOption = Annotated[int | None, typer.Option(help="Items per task, drawn by --seed. Left out: all.")]
+WindowOption = Annotated[int | None, typer.Option(help="Tokens per window. Left out: up to 2048.")]
+StrideOption = Annotated[int | None, typer.Option(help="New tokens per window. Left out: half the window.")]
+BosOption = Annotated[str, typer.Option(help="Where BOS stands: auto, window, document or none.")]
+MaxTokensOption = Annotated[int | None, typer.Option(help="Score no more of the text than this.")]
+
+
+def eval_command(
+    model_dir: Annotated[str, typer.Argument(help="Folder or Hub id of the quantised checkpoint.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the float model. Left out: what the manifest names.")
+    ] = None,
+    text: TextOption = None,
+    tasks: TasksOption = None,
+    tasks_dir: TasksDirOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Record file. Left out: hf_qep_eval.json in the checkpoint.")
+    ] = None,
+    limit: LimitOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    bos: BosOption = "auto",
+    max_tokens: MaxTokensOption = None,
+    batch_size: Annotated[int, typer.Option(help="Windows or prompts per forward pass.")] = 4,
+    num_fewshot: Annotated[int, typer.Option(help="Solved examples per question, for tasks of lm_eval.")] = 0,
+    speed: Annotated[bool, typer.Option("--speed", help="Also time both models and take their peak memory.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the items that --limit draws.")] = 0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    quiet: output.QuietOption = False,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Measure what quantisation cost: perplexity, KL, agreement, tasks, bits, memory and speed."""
+    job = Job(model_dir, baseline, device, dtype, quiet or as_json)
+    job.check()
+    from hf_qep.evaluation.pair import EvalOptions
+    from hf_qep.evaluation.speed import SpeedOptions
+
+    options = EvalOptions(
+        window=window,
+        stride=stride,
+        bos=bos,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        seed=seed,
+        speed=SpeedOptions() if speed else None,
+    )
+    record = evaluate_checkpoint(job, *read_held_out(text), choose_tasks(tasks, tasks_dir, limit, seed), options)
+    written = record.write(out or Path(model_dir)) if out or Path(model_dir).is_dir() else None
+    if as_json:
+        output.print_json(record.to_dict())
+        return
+    show(record)
+    if written and not quiet:
+        output.note(f"Record: {written}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Which models to measure and where."""
+
+    subject: str
+    """folder or Hub id of the quantised checkpoint"""
+    baseline: str | None
+    """folder or Hub id of the float model; None: what the manifest names"""
+    device: str
+    dtype: str
+    quiet: bool
+
+    def check(self) -> None:
+        """Refuse an unknown device or dtype before anything is loaded. Raises ConfigError."""
+        to_device(self.device)
+        to_dtype(self.dtype)
+
+
+def evaluate_checkpoint(job: Job, texts: list[str], source: str, tasks: list[Any], options: EvalOptions) -> EvalRecord:
+    """Load both models and measure them. Raises QepError."""
+    from hf_qep.engine.source import load_float_model, resolve_model
+    from hf_qep.evaluation.environment import command_line
+    from hf_qep.evaluation.pair import evaluate_pair
+
+    folder = resolve_model(job.subject)
+    name = job.baseline or manifest_baseline(folder)
+    baseline_folder = resolve_baseline(name, given=job.baseline is not None)
+    place, stored_as = to_device(job.device), to_dtype(job.dtype)
+    float_model, tokenizer = load_float_model(baseline_folder, stored_as or "auto")
+    return evaluate_pair(
+        float_model.to(place),
+        load_quantized(folder, type(float_model), stored_as).to(place),
+        tokenizer,
+        texts,
+        tasks=tasks,
+        options=options,
+        source=source,
+        subject_name=job.subject,
+        baseline_name=name,
+        subject_folder=folder,
+        baseline_folder=baseline_folder,
+        command=command_line(),
+        progress=Progress(job.quiet),
+    )
+
+
+def manifest_baseline(folder: Path) -> str:
+    """`base_model` of the checkpoint's manifest. Raises ConfigError if there is none."""
+    manifest = folder / "hf_qep_manifest.json"
+    if manifest.is_file():
+        try:
+            name = json.loads(manifest.read_text(encoding="utf-8")).get("base_model")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{manifest.name!r} of {folder.name!r} is not a JSON object: {error}") from error
+        if isinstance(name, str) and name:
+            return name
+    raise ConfigError(f"{folder.name!r} does not say which model it was made from; give it with --baseline MODEL")
+
+
+def resolve_baseline(name: str, *, given: bool) -> Path:
+    """Folder of the float model. The manifest knows no folders, only their names: the error says what to do then."""
+    from hf_qep.engine.source import resolve_model
+
+    try:
+        return resolve_model(name)
+    except CheckpointError as error:
+        if given:
+            raise
+        raise CheckpointError(
+            f"the manifest names {name!r} as the float model, and it cannot be had ({error}); give its folder or Hub "
+            "id with --baseline"
+        ) from error
+
+
+def load_quantized(folder: Path, kind: Any, dtype: Any) -> Any:
+    """The packed model of `folder` as class `kind`. Raises CheckpointError if the folder holds no packed weights."""
+    from hf_qep.engine.source import read_json
+
+    settings = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != "qep":
+        raise CheckpointError(f"{folder.name!r} is no checkpoint of hf_qep; make one with: hf-qep quantize")
+    return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype or "auto").eval()
+
+
+def choose_tasks(tasks: str | None, folder: Path | None, limit: int | None, seed: int) -> list[Any]:
+    """Tasks of `--tasks` and `--tasks-dir`."""
+    from hf_qep.evaluation.tasks import find_tasks
+
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--tasks-dir {str(folder)!r} is not a folder")
+    return find_tasks([t.strip() for t in (tasks or "").split(",") if t.strip()], folder, limit=limit, seed=seed)
+
+
+def read_held_out(text: str | None) -> tuple[list[str], str]:
+    """The evaluation texts and what the record calls them."""
+    from hf_qep.engine.calibration import read_texts
+    from hf_qep.public_names import public_name
+
+    return read_texts(text or str(HELD_OUT)), public_name(text or HELD_OUT.name)
+
+
+def show(record: EvalRecord) -> None:
+    """The record as tables."""
+    output.print_table(
+        f"{record.subject.name} against {record.baseline.name}", ["", "float", "quantised"], _rows(record)
+    )
+    if record.tasks:
+        columns = ["task", "score", "chance", "float", "quantised", "n", "retained", "retained above chance"]
+        output.print_table("Tasks", columns, _task_rows(record))
+    notes = [*record.notes, *(f"{t.name}: {t.note}" for t in record.tasks if t.note)]
+    notes += [f"{t.name} {m.name}: {m.retention.note}" for t in record.tasks for m in t.metrics if m.retention.note]
+    for sentence in notes:
+        output.say(f"* {sentence}")
+
+
+def _rows(record: EvalRecord) -> list[tuple[str, str | None, str | None]]:
+    bits, cost, text = record.bits, record.cost, record.text
+    rows: list[tuple[str, Any, Any]] = [
+        ("bits per weight, quantised linears", None, bits.linear),
+        ("bits per weight, whole model", None, bits.model),
+    ]
+    if text is not None:
+        rows += [
+            (f"perplexity, {text.kl.n} tokens", text.baseline.perplexity, text.subject.perplexity),
+            ("bits per byte", text.baseline.bits_per_byte, text.subject.bits_per_byte),
+            ("KL to float, nats per token", None, text.kl),
+            ("same first choice as float", None, text.top1_agreement),
+        ]
+    if record.embeddings is not None:
+        rows += [
+            (f"1 - cosine, {record.embeddings.sentences} sentences", None, record.embeddings.cosine_distance),
+            ("neighbours kept", None, record.embeddings.neighbour_overlap),
+        ]
+    if cost is not None:
+        rows.append(("weights in memory", *(output.human_bytes(c.weight_bytes) for c in (cost.baseline, cost.subject))))
+    if cost is not None and cost.subject.speed is not None and cost.baseline.speed is not None:
+        rows.append(("decode, tokens/s", cost.baseline.speed.decode, cost.subject.speed.decode))
+        rows.append(("prefill, tokens/s", cost.baseline.speed.prefill, cost.subject.speed.prefill))
+    return [(name, shown(theirs), shown(ours)) for name, theirs, ours in rows]
+
+
+def _task_rows(record: EvalRecord) -> list[list[Any]]:
+    rows = []
+    for task in record.tasks:
+        for metric in task.metrics:
+            kept = metric.retention
+            ends = [None if part is None else part.value for part in (kept.raw, kept.corrected)]
+            rows.append(
+                [
+                    task.prompt,
+                    metric.name,
+                    task.chance,
+                    shown(metric.baseline),
+                    shown(metric.subject),
+                    task.items,
+                    *ends,
+                ]
+            )
+    return rows
+
+
+def shown(value: Estimate | float | str | None) -> str:
+    """A measurement with its standard error, as text."""
+    if value is None or isinstance(value, (str, float, int)):
+        return output.cell_text(value)
+    if value.stderr is None:
+        return output.cell_text(value.value)
+    return f"{value.value:.4g} ± {value.stderr:.2g}"
