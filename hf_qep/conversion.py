@@ -88,7 +88,7 @@ def _check_packable(name: str, module: nn.Module | None, parameter: Tensor | Non
     if isinstance(module, nn.Linear | Conv1D) or (parameter is not None and parameter.dim() == 3):
         return
     kind = type(module if parameter is None else parameter).__name__
-    raise CheckpointError(f"the quantization config lists `{name}`, a {kind}, which cannot be packed")
+    raise CheckpointError(f"the quantization config lists `{name}` of class {kind}, which cannot be packed")
 
 
 def prefer_eager_experts(model: nn.Module) -> None:
