@@ -1,0 +1,113 @@
+"""Second moments of activations, their damping and their Cholesky factor.
+
+Everything a solver knows about the data is in H = E[x̂ x̂ᵀ] and C = E[(x - x̂) x̂ᵀ], where x̂ is what the linear reads in
+the partly quantised model and x what it reads in the float model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_qep.errors import IllConditionedError, NonFiniteError
+
+RETRIES = 5
+
+
+class Moments:
+    """Running means over tokens, so that their meaning does not depend on how many batches came.
+
+    in_features: width of the activations.
+    cross: also keep C, the moment that QEP needs.
+    device: where the moments live; batches are moved there.
+    """
+
+    def __init__(self, in_features: int, cross: bool = False, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        """Tokens seen."""
+        square = (in_features, in_features)
+        self._hessian = torch.zeros(square, dtype=torch.float32, device=device)
+        self._cross = torch.zeros(square, dtype=torch.float32, device=device) if cross else None
+        # The mean feeds a bias correction: it is a difference of nearly equal numbers, hence float64.
+        self._mean_quantized = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._mean_float = torch.zeros(in_features, dtype=torch.float64, device=device)
+
+    def update(self, x_quantized: Tensor, x_float: Tensor | None = None) -> None:
+        """Add tokens: `x_quantized` and `x_float` are (..., in), any float dtype; `x_float` defaults to the former.
+
+        Raises ValueError when the float stream is missing although the cross moment is kept.
+        """
+        if self._cross is not None and x_float is None:
+            raise ValueError("the cross moment needs the float stream: pass x_float with the same tokens")
+        xq = self._rows(x_quantized)
+        if not len(xq):
+            return
+        xf = xq if x_float is None else self._rows(x_float)
+        self.count += len(xq)
+        old, new = 1 - len(xq) / self.count, 1 / self.count
+        self._hessian.addmm_(xq.T, xq, beta=old, alpha=new)
+        if self._cross is not None:
+            self._cross.addmm_((xf - xq).T, xq, beta=old, alpha=new)
+        for mean, x in ((self._mean_quantized, xq), (self._mean_float, xf)):
+            mean.mul_(old).add_(x.sum(0, dtype=torch.float64), alpha=new)
+
+    def hessian(self) -> Tensor:
+        """H = E[x̂ x̂ᵀ], (in, in) float32; zeros before the first token. Raises NonFiniteError on NaN or Inf."""
+        return _checked(self._hessian, "the second moment of the activations")
+
+    def cross(self) -> Tensor:
+        """C = E[(x - x̂) x̂ᵀ], (in, in) float32. Raises NonFiniteError on NaN or Inf, ValueError if it was not kept."""
+        if self._cross is None:
+            raise ValueError("the cross moment was not kept: build Moments with cross=True")
+        return _checked(self._cross, "the cross moment of the activations")
+
+    def mean_quantized(self) -> Tensor:
+        """E[x̂], (in,) float32."""
+        return self._mean_quantized.float()
+
+    def mean_float(self) -> Tensor:
+        """E[x], (in,) float32."""
+        return self._mean_float.float()
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1]).to(self._hessian)
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """H + λI with λ = damping · mean(diag H); an input that never fired gets the mean diagonal of the others.
+
+    hessian: (in, in) float32. A dead input has a zero row and column, so any positive diagonal makes the metric
+    definite and leaves its weights uncoupled; the mean keeps them as important as an average input.
+    """
+    diagonal = hessian.diagonal()
+    live = diagonal > 0
+    mean = diagonal[live].mean() if live.any() else diagonal.new_ones(())
+    H = hessian.clone()
+    H.diagonal().copy_(torch.where(live, diagonal + damping * mean, mean))
+    return H
+
+
+def cholesky_damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Lower factor L and the damped matrix H + λI = L Lᵀ, both (in, in) float32.
+
+    hessian: (in, in) float32; damping: fraction of the mean diagonal, raised tenfold up to 5 times when there is no
+    factor. Raises IllConditionedError when that does not help, or when the matrix holds NaN or Inf.
+    """
+    if not torch.isfinite(hessian).all():
+        raise IllConditionedError("the Hessian holds NaN or Inf; check the weights and activations of the model")
+    attempts = [damping] + [max(damping, 1e-6) * 10.0**k for k in range(1, RETRIES + 1)]
+    for attempt in attempts:
+        H = damped(hessian, attempt)
+        factor, info = torch.linalg.cholesky_ex(H)
+        if not info.any():
+            return factor, H
+    raise IllConditionedError(
+        f"no Cholesky factor of the {len(hessian)}-wide Hessian, even with damping {attempts[-1]:g} of its mean "
+        f"diagonal; use more calibration tokens or a damping above {damping:g}"
+    )
+
+
+def _checked(moment: Tensor, what: str) -> Tensor:
+    if not torch.isfinite(moment).all():
+        raise NonFiniteError(f"{what} holds NaN or Inf; the model overflows on the calibration data")
+    return moment

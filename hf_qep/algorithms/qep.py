@@ -1,0 +1,32 @@
+"""Quantisation error propagation: let each layer also undo the error made before it (arXiv 2504.09629)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_qep.algorithms.moments import cholesky_damped
+
+
+def correct_target(
+    weight: Tensor, hessian: Tensor, cross_moment: Tensor, *, strength: float = 1.0, damping: float = 0.03
+) -> Tensor:
+    """Target that also undoes the error already made upstream.
+
+    W* = W + strength · W C (H + λI)⁻¹,  λ = damping · mean(diag H)      QEP, arXiv 2504.09629
+
+    At strength 1 and damping 0, W* minimises E‖W x - W* x̂‖²: it is the least-squares regression of the float output
+    on the quantised input. Any solver that minimises tr[(Ŵ - W*) H (Ŵ - W*)ᵀ] then minimises the error of the output.
+
+    weight        (out, in)  float32
+    hessian       (in, in)   E[x̂ x̂ᵀ] over tokens of the quantised stream
+    cross_moment  (in, in)   E[(x - x̂) x̂ᵀ]
+    strength      0 returns the weight unchanged, 1 corrects fully
+    damping       fraction of the mean diagonal; more shrinks the correction towards none
+    Returns (out, in) float32. Raises IllConditionedError if H + λI has no Cholesky factor.
+    """
+    if strength == 0:
+        return weight.clone()
+    factor, _ = cholesky_damped(hessian, damping)
+    correction = torch.cholesky_solve((weight @ cross_moment).T, factor).T
+    return weight + strength * correction

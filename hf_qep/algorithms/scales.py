@@ -1,0 +1,78 @@
+"""Exact least-squares scales for fixed signs, in the metric of the Hessian.
+
+    minimise tr[(Ŵ - W) H (Ŵ - W)ᵀ],   ŵ_ij = a_{i,g(j)} b_j s_ij
+
+For fixed b the rows separate into (groups x groups) systems; for fixed a one (in, in) system gives b. Each step is the
+exact minimiser, so alternating them never raises the objective.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_qep.algorithms.moments import cholesky_damped
+
+ROW_CHUNK = 1024
+"""Rows per pass over the group systems; bounds their memory to ROW_CHUNK · groups²."""
+
+RIDGE = 1e-6
+"""Relative ridge of the systems: far below float16 precision of a scale, enough when a scale has no effect at all."""
+
+
+def weighted_error(approximation: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
+    """tr[(Ŵ - W) H (Ŵ - W)ᵀ], a scalar; all float32, (out, in), (out, in), (in, in)."""
+    difference = approximation - weight
+    return ((difference @ hessian) * difference).sum()
+
+
+def row_scales(weight: Tensor, direction: Tensor, hessian: Tensor, group_size: int | None = None) -> Tensor:
+    """Best a for ŵ_ij = a_{i,g(j)} t_ij.
+
+    weight, direction t = b ∘ s: (out, in) float32; hessian (in, in) positive definite.
+    Returns (out, groups) float32; negative where the opposite signs would be better, 0 for a row that is all zero.
+    """
+    size = group_size or weight.shape[1]
+    chunks = zip(weight.split(ROW_CHUNK), direction.split(ROW_CHUNK), strict=True)
+    return torch.cat([_row_scales_of_chunk(W, T, hessian, size) for W, T in chunks])
+
+
+def _row_scales_of_chunk(W: Tensor, T: Tensor, H: Tensor, size: int) -> Tensor:
+    groups = W.shape[1] // size
+    gram = W.new_empty(len(W), groups, groups)
+    right = W.new_empty(len(W), groups)
+    for g in range(groups):
+        columns = slice(g * size, (g + 1) * size)
+        product = T[:, columns] @ H[columns]
+        gram[:, g] = (product * T).unflatten(1, (groups, size)).sum(2)
+        right[:, g] = (product * W).sum(1)
+    if groups == 1:
+        return torch.where(gram[..., 0] > 0, right / gram[..., 0], 0.0)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    # A group without effect has a zero row; 1 on its diagonal leaves it at 0.
+    diagonal += RIDGE * diagonal.mean(1, keepdim=True) + (diagonal <= 0)
+    return torch.linalg.solve(gram, right)
+
+
+def column_scale(weight: Tensor, direction: Tensor, hessian: Tensor) -> Tensor:
+    """Best b for ŵ_ij = t_ij b_j: [(TᵀT) ∘ H] b = diag(Tᵀ W H).
+
+    weight, direction t = a ∘ s: (out, in) float32; hessian (in, in) positive definite. Returns (in,) float32, negative
+    where the opposite signs would be better. Raises IllConditionedError if the system cannot be solved.
+    """
+    right = (direction * (weight @ hessian)).sum(0)
+    factor, _ = cholesky_damped((direction.T @ direction) * hessian, RIDGE)
+    return torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1)
+
+
+def middle_scale(weight: Tensor, left: Tensor, right: Tensor, hessian: Tensor) -> Tensor:
+    """Best m for Ŵ = F diag(m) G: [(FᵀF) ∘ (G H Gᵀ)] m = diag(Fᵀ W H Gᵀ).
+
+    weight (out, in), left F (out, rank), right G (rank, in), hessian (in, in). Returns (rank,) float32.
+    Raises IllConditionedError if the system cannot be solved.
+    """
+    projected = right @ hessian
+    system = (left.T @ left) * (projected @ right.T)
+    target = ((left.T @ weight) * projected).sum(1)
+    factor, _ = cholesky_damped(system, RIDGE)
+    return torch.cholesky_solve(target.unsqueeze(1), factor).squeeze(1)
