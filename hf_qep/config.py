@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_qep.errors import CheckpointError, ConfigError, FormatVersionError
+from hf_qep.public_names import public_name
 from hf_qep.registry import FORMATS, METHODS
 
 FORMAT_VERSION = 1
@@ -130,7 +131,7 @@ class QepConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: plain values only."""
         stored = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in (*_RUNTIME, "dataset")}
-        stored["dataset"] = self.dataset if isinstance(self.dataset, str) else None
+        stored["dataset"] = public_name(self.dataset) if isinstance(self.dataset, str) else None
         return stored
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hf_qep.config import QepConfig
 from hf_qep.engine.calibration import Calibration
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.files import sha256
+from hf_qep.public_names import public_name
 
 MANIFEST = "hf_qep_manifest.json"
 MANIFEST_VERSION = 1
@@ -78,32 +78,3 @@ def file_table(folder: Path) -> dict[str, dict[str, Any]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-
-
-def public_name(name: str) -> str:
-    """`name` without the folders of this machine: a Hub id stays, a path keeps its last part.
-
-    A mix such as "data/set/a.txt*0.7,org/set*0.3" is taken part by part.
-    """
-    return ",".join(_last_part(part) for part in name.split(","))
-
-
-def without_folders(value: Any) -> Any:
-    """A json value in which every string that is a local path keeps only its last part."""
-    if isinstance(value, dict):
-        return {key: without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_folders(item) for item in value]
-    return public_name(value) if isinstance(value, str) and _is_local(value) else value
-
-
-def _is_local(text: str) -> bool:
-    """Whether a string is, or starts with, a path of this machine; a token such as "/" is none."""
-    return bool(re.match(r"(~|\.{1,2}|[A-Za-z]:)?[/\\][^/\\\s]+[/\\]", text)) and "\n" not in text
-
-
-def _last_part(text: str) -> str:
-    text = text.strip()
-    if Path(text).is_dir() or _is_local(text) or text.count("/") > 1:
-        return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
-    return text

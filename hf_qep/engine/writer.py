@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from hf_qep.accounting import bits_report
 from hf_qep.engine.headers import INDEX_FILE, read_headers
-from hf_qep.engine.manifest import MANIFEST, MANIFEST_VERSION, file_table, versions, without_folders
+from hf_qep.engine.manifest import MANIFEST, MANIFEST_VERSION, file_table, versions
 from hf_qep.engine.source import free_space_check
 from hf_qep.errors import CheckpointError
 from hf_qep.files import check_output, write_aside
+from hf_qep.public_names import without_folders
 
 SPARE_BYTES = 64 << 20
 """Room for headers, config, tokenizer and manifest."""

@@ -17,11 +17,12 @@ import torch
 
 from hf_qep.config import QepConfig
 from hf_qep.engine.calibration import load_calibration
-from hf_qep.engine.manifest import MANIFEST, build_manifest, public_name, without_folders
+from hf_qep.engine.manifest import MANIFEST, build_manifest
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.engine.source import load_float_model
 from hf_qep.engine.writer import save_checkpoint
 from hf_qep.errors import CheckpointError, DiskSpaceError, OutputExistsError
+from hf_qep.public_names import public_name, without_folders
 
 ROOT = Path(__file__).resolve().parents[2]
 Usage = namedtuple("Usage", "total used free")
