@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_qep.evaluation.estimates import Estimate
     from hf_qep.evaluation.pair import EvalOptions
     from hf_qep.evaluation.record import EvalRecord
+    from hf_qep.evaluation.retention import Interval
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "demo_text" / "held_out.txt"
 
@@ -198,7 +199,7 @@ def show(record: EvalRecord) -> None:
         f"{record.subject.name} against {record.baseline.name}", ["", "float", "quantised"], _rows(record)
     )
     if record.tasks:
-        columns = ["task", "score", "chance", "float", "quantised", "n", "retained", "retained above chance"]
+        columns = ["task", "score", "chance", "float", "quantised", "n", "kept [95 %]", "kept above chance [95 %]"]
         output.print_table("Tasks", columns, _task_rows(record))
     notes = [*record.notes, *(f"{t.name}: {t.note}" for t in record.tasks if t.note)]
     notes += [f"{t.name} {m.name}: {m.retention.note}" for t in record.tasks for m in t.metrics if m.retention.note]
@@ -237,7 +238,7 @@ def _task_rows(record: EvalRecord) -> list[list[Any]]:
     for task in record.tasks:
         for metric in task.metrics:
             kept = metric.retention
-            ends = [None if part is None else part.value for part in (kept.raw, kept.corrected)]
+            ends = [with_interval(kept.raw), with_interval(kept.corrected)]
             rows.append(
                 [
                     task.prompt,
@@ -259,3 +260,12 @@ def shown(value: Estimate | float | str | None) -> str:
     if value.stderr is None:
         return output.cell_text(value.value)
     return f"{value.value:.4g} ± {value.stderr:.2g}"
+
+
+def with_interval(part: Interval | None) -> str:
+    """A retention with its 95 % interval, as text."""
+    if part is None:
+        return output.cell_text(None)
+    if part.low is None or part.high is None:
+        return f"{part.value:.3g} [unbounded]"
+    return f"{part.value:.3g} [{part.low:.3g}, {part.high:.3g}]"

@@ -36,7 +36,7 @@ class EvalOptions:
     separator: str = "\n\n"
     """joins the texts"""
     max_tokens: int | None = None
-    """score no more of the text than this"""
+    """use the first so many tokens of the text; a beginning can be much easier than the whole"""
     batch_size: int = 4
     """windows, sentences or prompts per forward pass"""
     limit: int | None = None
@@ -224,5 +224,7 @@ def _notes(bits: dict[str, Any], text: TextScore | None, options: EvalOptions) -
     if bits["bits_linear"] is None:
         notes.append("the subject holds no packed weights: this compares two float models")
     if text is not None and options.max_tokens is not None:
-        notes.append(f"the text was cut after {options.max_tokens} tokens")
+        notes.append(
+            f"only the first {options.max_tokens} tokens were used; the rest may differ by more than the errors"
+        )
     return tuple(notes)

@@ -264,8 +264,8 @@ def _majority_note(metrics: Sequence[TaskMetric], local: LocalTask | None) -> st
     if not weak:
         return None
     return (
-        f"{' and '.join(weak)} of the float model is not {NEAR_CHANCE_STDERRS:g} standard errors above always choosing "
-        f"the most frequent position ({local.majority:.3f})"
+        f"always choosing the most frequent position gives {local.majority:.3f}, and the float model is not "
+        f"{NEAR_CHANCE_STDERRS:g} standard errors above that in {' and '.join(weak)}"
     )
 
 

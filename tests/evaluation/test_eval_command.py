@@ -55,7 +55,7 @@ def test_eval_measures_the_text_of_the_package_when_none_is_given(checkpoints, t
     record = EvalRecord.read(tmp_path / "record.json")
     assert record.text.source == "held_out.txt" and record.cost.subject.speed.decode.value > 0
     assert "KL to float" in done.stdout and "decode, tokens/s" in done.stdout
-    assert "cut after 100 tokens" in done.stdout
+    assert "only the first 100 tokens" in done.stdout
 
 
 def test_eval_runs_tasks_and_shows_why_a_retention_is_missing(checkpoints, tmp_path):

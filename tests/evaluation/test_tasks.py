@@ -162,4 +162,4 @@ def test_the_note_says_when_the_float_model_does_not_beat_the_most_frequent_answ
     tasks = find_tasks([], tmp_path)
     answers = answer_tasks(tiny_model("llama"), tiny_tokenizer, tasks)
     (result,) = compare_answers(tasks, answers, answers)
-    assert "most frequent position (0.833)" in result.note
+    assert "most frequent position gives 0.833" in result.note
