@@ -213,6 +213,14 @@ def _some(names: Sequence[str], limit: int = 4) -> str:
 # ---- after the weights are loaded ----
 
 
+def check_loaded(model: PreTrainedModel) -> None:
+    """Raise CheckpointError for packed tensors that a state dict in memory did not hold."""
+    tensors = {f"{name}.{leaf}": p for name, m in packed_modules(model).items() for leaf, p in m.named_parameters()}
+    missing = [name for name, p in tensors.items() if not getattr(p, "_is_hf_initialized", False)]
+    if missing:
+        raise CheckpointError(f"the state dict lacks tensors of packed modules: {_some(missing)}")
+
+
 def finish_loading(model: PreTrainedModel, *, trainable_scales: bool) -> None:
     """Freeze packed modules, which transformers gives back trainable, or let their scales train in float32."""
     for module in packed_modules(model).values():

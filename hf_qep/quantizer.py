@@ -63,7 +63,6 @@ class QepHfQuantizer(HfQuantizer):
         transforms = conversion.packed_transforms(model, weight_conversions)
         if self._files is not None:
             conversion.check_files(model, self._files, transforms)
-            self._files = None
         return transforms
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -75,7 +74,9 @@ class QepHfQuantizer(HfQuantizer):
 
             quantize_loaded(model, config)
             model.hf_quantizer.quantization_config.trainable_scales = config.trainable_scales
-        elif config.dequantize:
+        elif self._files is None:
+            conversion.check_loaded(model)
+        if self.pre_quantized and config.dequantize:
             conversion.dequantize_modules(model, model.config.dtype)
             return
         conversion.finish_loading(model, trainable_scales=config.trainable_scales)

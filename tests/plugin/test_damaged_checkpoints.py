@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, FineGrainedFP8Config
 
 from hf_qep import QepConfig
 from hf_qep.errors import CheckpointError, FormatVersionError, UnknownNameError
@@ -143,6 +143,17 @@ def test_a_class_without_any_of_the_listed_modules_is_refused(damaged: Callable)
 def test_a_config_of_another_method_is_refused_by_transformers(packed: Callable[[str], Packed]) -> None:
     with pytest.raises(ValueError, match="quantized with QepConfig but you are passing a FineGrainedFP8Config"):
         AutoModelForCausalLM.from_pretrained(packed("llama").folder, quantization_config=FineGrainedFP8Config())
+
+
+def test_a_state_dict_in_memory_must_be_whole_as_well(packed: Callable[[str], Packed]) -> None:
+    saved = packed("llama")
+    tensors = load_file(saved.folder / "model.safetensors")
+    load = type(saved.model).from_pretrained
+    whole = load(None, config=AutoConfig.from_pretrained(saved.folder), state_dict=dict(tensors))
+    assert saved.difference(whole) == 0.0
+    del tensors[f"{UP}.weight_scale"]
+    with pytest.raises(CheckpointError, match=f"lacks tensors of packed modules: `{UP}.weight_scale`"):
+        load(None, config=AutoConfig.from_pretrained(saved.folder), state_dict=tensors)
 
 
 def test_unknown_keys_of_a_later_version_are_ignored(damaged: Callable, packed: Callable[[str], Packed]) -> None:
