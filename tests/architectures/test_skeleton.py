@@ -103,6 +103,16 @@ def test_a_forward_set_on_the_instance_survives_the_stub_pass(tiny_model, tiny_b
     assert layer.__dict__["forward"] is own
 
 
+def test_a_block_gives_the_same_output_however_often_it_runs(tiny_model, tiny_batch):
+    model = tiny_model("cohere2")
+    structure = describe(model, tiny_batch("cohere2"))
+    inputs = block_inputs(model, structure, [tiny_batch("cohere2")])
+    call = inputs.call(0, 0, torch.device("cpu"))
+    assert call.kwargs["past_key_values"] is None, "a cache would grow with every run"
+    first, second = (run_block(model, structure.blocks[0], inputs.first_hidden[0], call) for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_nothing_recorded_asks_for_a_gradient(tiny_model, tiny_batch):
     model = tiny_model("llama")
     structure = describe(model, tiny_batch("llama"))
