@@ -76,3 +76,9 @@ def middle_scale(weight: Tensor, left: Tensor, right: Tensor, hessian: Tensor) -
     target = ((left.T @ weight) * projected).sum(1)
     factor, _ = cholesky_damped(system, RIDGE)
     return torch.cholesky_solve(target.unsqueeze(1), factor).squeeze(1)
+
+
+def geometric_mean(scale: Tensor) -> Tensor:
+    """Of the positive entries, a scalar; 1 when there are none."""
+    positive = scale[scale > 0]
+    return positive.log().mean().exp() if len(positive) else scale.new_ones(())

@@ -3,9 +3,9 @@
     minimise tr[(Ŵ - W) H (Ŵ - W)ᵀ],   ŵ_ij = t_ij = a_{i,g(j)} b_j s_ij
 
 With D = W - Ŵ, flipping t_ij costs dE = 4 t_ij x_ij, x = DH + t ∘ diag H, and moves x_ik by 2 t_ij H_jk for k ≠ j.
-All rows move at once.  Columns go in blocks, and DH is computed for one block when its turn comes, so that nearly all of
-the work is matrix products; inside a block every row flips the best weight of each window of columns.  After its flips
-a block refits its own part of b, then of a, by least squares.  No step can raise the objective.
+All rows move at once.  Columns go in blocks, and DH is computed for one block when its turn comes, so that nearly all
+of the work is matrix products; inside a block every row flips the best weight of each window of columns.  After its
+flips a block refits its own part of b, then of a, by least squares.  No step can raise the objective.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_qep.algorithms.gptq import BLOCK
 from hf_qep.algorithms.moments import cholesky_damped
-from hf_qep.algorithms.scales import RIDGE
+from hf_qep.algorithms.scales import RIDGE, geometric_mean
 
 WINDOW = 16
 """Columns among which a row picks its best flip. One column at a time took 4 times as long for a worse optimum."""
@@ -64,14 +64,9 @@ def absorb_signs(signs: Tensor, row_scale: Tensor, column_scale: Tensor) -> Sign
 
 def balance(weight: SignWeight) -> SignWeight:
     """The same weight with row and column scales of equal geometric mean, where float16 holds both best."""
-    row, column = _geometric_mean(weight.row_scale), _geometric_mean(weight.column_scale)
+    row, column = geometric_mean(weight.row_scale), geometric_mean(weight.column_scale)
     gauge = (row / column).sqrt()
     return SignWeight(weight.signs, weight.row_scale / gauge, weight.column_scale * gauge)
-
-
-def _geometric_mean(scale: Tensor) -> Tensor:
-    positive = scale[scale > 0]
-    return positive.log().mean().exp() if len(positive) else scale.new_ones(())
 
 
 def descend(

@@ -6,12 +6,12 @@ import warnings
 from pathlib import Path
 
 import torch
-from hf_qep.architectures.families import eager_experts
-from hf_qep.architectures.skeleton import block_inputs, forward_only
-from hf_qep.architectures.structure import Structure, describe
 from torch import nn
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from hf_qep.architectures.families import eager_experts
+from hf_qep.architectures.skeleton import block_inputs, forward_only
+from hf_qep.architectures.structure import Structure, describe
 from hf_qep.config import QepConfig
 from hf_qep.conversion import settle
 from hf_qep.engine.block import Job, quantize_block
@@ -51,9 +51,9 @@ def quantize_model(
     structure = describe(model, _sample(batches[0]), config.skip_modules or ())
     _check_shapes(structure, config)
     report = QuantizationReport(skipped=dict(structure.skipped), calibration=dict(calibration.description))
-    _warn(report, advise(calibration.tokens, _widest(structure)))
     with StreamStore(stream_budget, stream_folder) as store, forward_only(model), eager_experts(model):
         inputs = block_inputs(model, structure, batches)
+        _warn(report, advise(sum(h.shape[:-1].numel() for h in inputs.first_hidden), _widest(structure)))
         floats, quantized = store.stream(), store.stream()
         for hidden in inputs.first_hidden:
             floats.append(hidden)
@@ -89,7 +89,7 @@ def _widest(structure: Structure) -> int:
 def _warn(report: QuantizationReport, text: str | None) -> None:
     if text:
         report.warnings.append(text)
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=4)
 
 
 def _mark_quantized(model: nn.Module, config: QepConfig) -> None:
