@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-QUIET = "import torch, transformers; torch.set_num_threads(2); transformers.logging.set_verbosity_error()\n"
+QUIET = "import torch, transformers; torch.set_num_threads(1); transformers.logging.set_verbosity_error()\n"
 BLOCKED = """
 import sys
 class Block:

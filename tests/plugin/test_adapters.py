@@ -16,8 +16,8 @@ from tests.plugin.conftest import Packed
 from tests.plugin.packing import logits
 
 peft = pytest.importorskip("peft")
-FAMILIES = ["llama", "cohere2", "gpt2"]
-TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
+FAMILIES = ["llama", "cohere2", "gpt2", "qwen3_moe"]
+TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "qwen3_moe": ["q_proj", "v_proj", "o_proj"]}
 
 
 def with_lora(saved: Packed, family: str, **options: object) -> peft.PeftModel:

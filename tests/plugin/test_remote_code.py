@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from hf_qep import add_remote_code
 from hf_qep.errors import CheckpointError
 from tests.plugin.conftest import Packed
+from tests.plugin.packing import logits
 from tests.plugin.processes import BLOCKED, QUIET, run_python
 
 LOAD = """
@@ -36,7 +37,10 @@ def with_code(packed: Callable[[str], Packed], tmp_path: Path) -> Callable[[str]
         saved = packed(family)
         folder = Path(shutil.copytree(saved.folder, tmp_path / family))
         add_remote_code(folder)
-        torch.save((saved.batch, saved.logits), folder / "expected.pt")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in the other process: sums may be split between threads
+        torch.save((saved.batch, logits(saved.model, saved.batch)), folder / "expected.pt")
+        torch.set_num_threads(threads)
         return folder
 
     return build
