@@ -17,7 +17,7 @@ MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 HEAVY = ("torch", "transformers")
 OPTIONAL = ("datasets", "lm_eval", "gradio", "peft", "sklearn", "evaluate", "pyarrow", "optuna", "scipy", "gguf")
 
-GROUND = {"errors", "extras", "registry", "progress", "files", "bitorder"}
+GROUND = {"errors", "extras", "registry", "progress", "files", "bitorder", "public_names"}
 FORMATS = GROUND | {"formats", "kernels"}
 MODEL = FORMATS | {"config", "conversion", "modules", "accounting"}
 METHODS = FORMATS | {"algorithms", "methods"}

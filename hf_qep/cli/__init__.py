@@ -8,12 +8,14 @@ HF_QEP_DEBUG=1 shows the traceback of the errors that end in exit code 2 too.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hf_qep.cli import output
+from hf_qep.progress import Progress
 
 COMMANDS = {
     "quantize": "hf_qep.cli.quantize:quantize_command",
@@ -26,13 +28,19 @@ COMMANDS = {
 
 
 class GuardedCommand(TyperCommand):
-    """A command whose expected errors end in one sentence and exit code 2."""
+    """A command whose expected errors end in one sentence and exit code 2, and that is silent when asked."""
 
     def invoke(self, ctx: typer.Context) -> Any:
-        """Run the command's function; `--json` also decides how an error is shown."""
-        as_json = any(ctx.params.get(p.name) for p in self.params if "--json" in p.opts)
-        with output.errors_as_exit_code(as_json):
+        """Run the command's function under the rules for errors, warnings and progress of all commands."""
+        as_json, quiet = self._is_set(ctx, "--json"), self._is_set(ctx, "--quiet")
+        if not Progress(quiet or as_json).visible:
+            # Read by huggingface_hub and transformers when they are imported, which no command has done yet.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        with output.errors_as_exit_code(as_json), output.warnings_as_notes():
             return super().invoke(ctx)
+
+    def _is_set(self, ctx: typer.Context, option: str) -> bool:
+        return any(ctx.params.get(p.name) for p in self.params if option in p.opts)
 
 
 class LazyGroup(TyperGroup):

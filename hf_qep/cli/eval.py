@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ import typer
 
 from hf_qep.cli import output
 from hf_qep.cli.placement import DeviceOption, DtypeOption, to_device, to_dtype
+from hf_qep.engine.headers import MANIFEST, read_json
 from hf_qep.errors import CheckpointError, ConfigError
 from hf_qep.progress import Progress
 
@@ -140,12 +140,8 @@ def evaluate_checkpoint(job: Job, texts: list[str], source: str, tasks: list[Any
 
 def manifest_baseline(folder: Path) -> str:
     """`base_model` of the checkpoint's manifest. Raises ConfigError if there is none."""
-    manifest = folder / "hf_qep_manifest.json"
-    if manifest.is_file():
-        try:
-            name = json.loads(manifest.read_text(encoding="utf-8")).get("base_model")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{manifest.name!r} of {folder.name!r} is not a JSON object: {error}") from error
+    if (folder / MANIFEST).is_file():
+        name = read_json(folder / MANIFEST).get("base_model")
         if isinstance(name, str) and name:
             return name
     raise ConfigError(f"{folder.name!r} does not say which model it was made from; give it with --baseline MODEL")
@@ -168,8 +164,6 @@ def resolve_baseline(name: str, *, given: bool) -> Path:
 
 def load_quantized(folder: Path, kind: Any, dtype: Any) -> Any:
     """The packed model of `folder` as class `kind`. Raises CheckpointError if the folder holds no packed weights."""
-    from hf_qep.engine.source import read_json
-
     settings = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != "qep":
         raise CheckpointError(f"{folder.name!r} is no checkpoint of hf_qep; make one with: hf-qep quantize")

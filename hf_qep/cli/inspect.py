@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from hf_qep.cli import output
-from hf_qep.engine.headers import TensorEntry, read_headers, read_json
+from hf_qep.engine.headers import MANIFEST, TensorEntry, read_headers, read_json
 from hf_qep.errors import CheckpointError
 
-MANIFEST = "hf_qep_manifest.json"  # of engine.manifest, which takes transformers to import
 WORD_BITS = 32  # signs per int32 word of a packed tensor
 
 

@@ -46,13 +46,15 @@ def quantize_and_save(
     base_model: str,
     base_folder: Path,
     calibration: Calibration | None = None,
+    stored_as: torch.dtype | None = None,
     overwrite: bool = False,
     remote_code: bool = False,
     progress: Progress = SILENT,
 ) -> Saved:
     """Quantise `model` in place, save it to `out`, load that folder as a user would and compare.
 
-    calibration: default is what `config` asks for. Raises QepError or OSError; `out` is then as it was, except that it
+    calibration: default is what `config` asks for. stored_as: dtype in the files of what stays float, for models that
+    compute in another one; `model` is cast to it. Raises QepError or OSError; `out` is then as it was, except that it
     is removed if the folder does not load back to the same model.
     """
     check_output(out, overwrite=overwrite)
@@ -66,6 +68,7 @@ def quantize_and_save(
             model=model,
         )
     report = quantize_model(model, config, calibration, progress=progress)
+    model.to(stored_as or model.dtype)
     manifest = build_manifest(
         base_model=base_model,
         config=config,

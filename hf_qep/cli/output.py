@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -19,6 +21,9 @@ from hf_qep.errors import QepError
 REFUSED = 2
 """Exit code of a request that cannot be met; the same as for wrong usage."""
 
+PIPE_WIDTH = 160
+"""Columns of a table that does not go to a terminal."""
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of tables.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints; results and errors only.")]
 
@@ -30,7 +35,7 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on standard output; cells that are not text are numbers and stand to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=any(columns))
     for index, column in enumerate(columns):
         numeric = any(index < len(row) and not isinstance(row[index], str) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -93,9 +98,18 @@ def errors_as_exit_code(as_json: bool) -> Iterator[None]:
         raise typer.Exit(REFUSED) from error
 
 
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Show a warning as its sentence, without the line of code it comes from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place, **kwargs: note(f"Warning: {message}")
+        yield
+
+
 def _console(*, stderr: bool) -> Console:
-    # Made on each use: tests and pipes replace the streams.
-    return Console(stderr=stderr, highlight=False)
+    # Made on each use: tests and pipes replace the streams. A pipe has no width of its own to wrap names at.
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_qep.cli import output
-from hf_qep.cli.placement import DeviceOption, DtypeOption, to_device, to_dtype
+from hf_qep.cli.placement import DTYPES, DeviceOption, to_device, to_dtype
 from hf_qep.files import check_output
 from hf_qep.progress import Progress
 
@@ -20,6 +20,7 @@ CALIBRATION_HELP = (
     "Calibration text: a txt, jsonl, csv or parquet file (file:column), a Hub data set (id:config:split:column) or a "
     "weighted mix (a.txt*0.7,b.jsonl*0.3). Left out: the model writes its own."
 )
+DTYPE_HELP = f"Dtype to compute in: auto (as stored), {', '.join(DTYPES)}. The files keep the stored one."
 BITS_HELP = "Bits per weight: 1.0; with `factored` 0.3 to 2.5, scales included."
 
 
@@ -38,7 +39,7 @@ def quantize_command(
     seed: Annotated[int, typer.Option(help="Seed of sampling and solvers.")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help="Module that stays float; may be repeated.")] = None,
     device: DeviceOption = "cpu",
-    dtype: DtypeOption = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     remote_code: Annotated[
         bool, typer.Option("--remote-code", help="Add files with which the folder loads without this plugin.")
     ] = False,
@@ -49,33 +50,27 @@ def quantize_command(
     """Quantise a model to about one bit per weight and save it."""
     check_output(out, overwrite=overwrite)  # before the seconds that the imports below take
     began = time.monotonic()
-    place, stored_as = to_device(device), to_dtype(dtype)
+    place, compute_as = to_device(device), to_dtype(dtype)
     from hf_qep.cli.job import quantize_and_save
     from hf_qep.config import QepConfig
     from hf_qep.engine.source import load_float_model, resolve_model
 
+    rows = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size}
+    solver = {"propagation": propagation, "damping": damping, "seed": seed}
     config = QepConfig(
-        bits=bits,
-        method=method,
-        group_size=group_size,
-        dataset=dataset,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        propagation=propagation,
-        damping=damping,
-        seed=seed,
-        skip_modules=skip,
+        bits=bits, method=method, group_size=group_size, dataset=dataset, skip_modules=skip, **rows, **solver
     )
     folder = resolve_model(model)
-    float_model, tokenizer = load_float_model(folder, stored_as)
+    float_model, tokenizer = load_float_model(folder)
+    stored_as = float_model.dtype
     saved = quantize_and_save(
-        float_model.to(place),
+        float_model.to(device=place, dtype=compute_as),
         tokenizer,
         config,
         out,
         base_model=model,
         base_folder=folder,
+        stored_as=stored_as if compute_as else None,
         overwrite=overwrite,
         remote_code=remote_code,
         progress=Progress(quiet or as_json),
@@ -115,4 +110,4 @@ def _show(result: dict[str, Any], quiet: bool) -> None:
     }
     output.print_facts(result["out"], facts)
     if not quiet:
-        output.note(f"What was lost is not measured yet: hf-qep compare {result['model']} {result['out']}")
+        output.note(f"What was lost is not measured yet: hf-qep eval {result['out']} --baseline {result['model']}")

@@ -23,6 +23,8 @@ MAX_JSON_BYTES = 64 << 20
 MAX_DIMENSION = 2**31
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+MANIFEST = "hf_qep_manifest.json"
+"""How a checkpoint was made; written by `manifest.py`, named here because reading it needs no torch."""
 
 _ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),

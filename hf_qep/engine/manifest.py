@@ -13,11 +13,11 @@ from typing import Any
 
 from hf_qep.config import QepConfig
 from hf_qep.engine.calibration import Calibration
+from hf_qep.engine.headers import MANIFEST
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.files import sha256
 from hf_qep.public_names import public_name
 
-MANIFEST = "hf_qep_manifest.json"
 MANIFEST_VERSION = 1
 
 _RECIPE = [

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_qep.accounting import bits_report
-from hf_qep.engine.headers import INDEX_FILE, read_headers
-from hf_qep.engine.manifest import MANIFEST, MANIFEST_VERSION, file_table, versions
+from hf_qep.engine.headers import INDEX_FILE, MANIFEST, read_headers
+from hf_qep.engine.manifest import MANIFEST_VERSION, file_table, versions
 from hf_qep.engine.source import free_space_check
 from hf_qep.errors import CheckpointError
 from hf_qep.files import check_output, write_aside

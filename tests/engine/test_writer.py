@@ -17,7 +17,8 @@ import torch
 
 from hf_qep.config import QepConfig
 from hf_qep.engine.calibration import load_calibration
-from hf_qep.engine.manifest import MANIFEST, build_manifest
+from hf_qep.engine.headers import MANIFEST
+from hf_qep.engine.manifest import build_manifest
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.engine.source import load_float_model
 from hf_qep.engine.writer import save_checkpoint
