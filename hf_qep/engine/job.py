@@ -58,6 +58,7 @@ def quantize_model(
         for hidden in inputs.first_hidden:
             floats.append(hidden)
             quantized.append(hidden)
+        inputs.first_hidden.clear()
         job = Job(model, config, inputs, floats, quantized, store, report)
         with progress.bar("quantising", total=len(structure.blocks), unit="block") as bar:
             for index, block in enumerate(structure.blocks):
@@ -68,8 +69,9 @@ def quantize_model(
 
 
 def _sample(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One row, cut short where it is a row of tokens."""
-    return {k: v[:1, :SAMPLE_TOKENS] if v.ndim == 2 else v[:1] for k, v in batch.items()}
+    """One row, cut short if there is nothing but rows of tokens (image placeholders must stay whole)."""
+    tokens_only = all(v.ndim == 2 for v in batch.values())
+    return {k: v[:1, :SAMPLE_TOKENS] if tokens_only else v[:1] for k, v in batch.items()}
 
 
 def _check_shapes(structure: Structure, config: QepConfig) -> None:
