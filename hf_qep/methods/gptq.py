@@ -23,6 +23,5 @@ def spec(bits: float, group_size: int | None, out_features: int, in_features: in
 def solve(problem: LayerProblem) -> dict[str, Tensor]:
     """Parts of format `sign`. Raises IllConditionedError if the damped Hessian has no Cholesky factor."""
     W, scales = problem.weight, group_means(problem.weight, problem.spec.group_size)
-    magnitude = scales.repeat_interleave(W.shape[1] // scales.shape[1], 1)
-    signs = error_feedback_signs(W, magnitude, problem.hessian, damping=problem.damping)
+    signs = error_feedback_signs(W, scales, problem.hessian, damping=problem.damping)
     return {"signs": signs, "row_scale": scales}

@@ -45,7 +45,6 @@ def _error_feedback(problem: LayerProblem, H: Tensor) -> SignWeight:
     W, group = problem.weight, problem.spec.group_size
     importance = H.diagonal().unflatten(0, (-1, group or W.shape[1]))
     scales = (W.abs().unflatten(1, importance.shape) * importance).sum(2) / importance.sum(1)
-    magnitude = scales.repeat_interleave(importance.shape[1], 1)
-    signs = error_feedback_signs(W, magnitude, problem.hessian, damping=problem.damping, act_order=True)
+    signs = error_feedback_signs(W, scales, problem.hessian, damping=problem.damping, act_order=True)
     scales = row_scales(W, torch.where(signs, 1.0, -1.0), H, group)
     return absorb_signs(signs, scales, torch.ones_like(W[0]))

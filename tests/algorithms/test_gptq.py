@@ -42,6 +42,14 @@ def test_lazy_blocks_change_nothing(block):
     assert torch.equal(error_feedback_signs(weight, magnitude, hessian, damping=0.05, block=block), one)
 
 
+def test_magnitudes_of_groups_are_those_of_their_columns():
+    weight, hessian = correlated_problem(9, 24, seed=2)
+    groups = group_means(weight, 8)
+    spread = groups.repeat_interleave(8, 1)
+    first, second = (error_feedback_signs(weight, m, hessian, damping=0.05, act_order=True) for m in (groups, spread))
+    assert torch.equal(first, second)
+
+
 def test_without_correlation_it_is_round_to_nearest():
     weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
     signs, scales = round_to_nearest(weight)
