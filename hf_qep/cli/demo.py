@@ -39,7 +39,7 @@ def demo_command(
     dataset: Annotated[str | None, typer.Option(help="Calibration text. Left out: the model writes its own.")] = None,
     method: Annotated[list[str], typer.Option(help="Method to try; may be repeated.")] = DEFAULT_METHODS,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for one checkpoint per method.")] = Path("demo-out"),
-    num_samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
+    num_samples: Annotated[int, typer.Option(help="Calibration rows.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 256,
     quiet: output.QuietOption = False,
     as_json: output.JsonOption = False,
@@ -49,7 +49,7 @@ def demo_command(
     from hf_qep.config import QepConfig
 
     configs = [QepConfig(method=m, dataset=dataset, num_samples=num_samples, seq_len=seq_len) for m in method]
-    result = run_demo(configs, text or HELD_OUT, out, Progress(quiet or as_json))
+    result = run_demo(configs, text or HELD_OUT, out, quiet=quiet or as_json)
     result["seconds"] = round(time.monotonic() - began, 1)
     if as_json:
         output.print_json(result)
@@ -59,16 +59,19 @@ def demo_command(
         output.say(NEXT_STEPS)
 
 
-def run_demo(configs: list[QepConfig], text: Path, out: Path, progress: Progress) -> dict[str, Any]:
+def run_demo(configs: list[QepConfig], text: Path, out: Path, *, quiet: bool) -> dict[str, Any]:
     """Quantise, save, reload and measure once per config; all see the same calibration rows and the same text."""
-    from hf_qep.cli.job import quantize_and_save
+    from hf_qep.cli.job import cast_weights, quantize_and_save
     from hf_qep.engine.calibration import load_calibration
     from hf_qep.engine.source import load_float_model
 
+    progress = Progress(quiet)
+    say = (lambda text: None) if quiet else output.note
     float_model, tokenizer = load_float_model(DEMO_MODEL)
     stored_as = float_model.dtype
     float_model.float()  # six times faster than bfloat16 on a processor that has no units for it
     first = configs[0]
+    say(f"{first.num_samples} calibration rows: {first.dataset or 'the model writes them itself'}")
     calibration = load_calibration(
         first.dataset,
         tokenizer,
@@ -80,6 +83,7 @@ def run_demo(configs: list[QepConfig], text: Path, out: Path, progress: Progress
     records, samples = {}, {}
     for config in configs:
         name, folder = config.method, out / config.method
+        say(f"{name}: quantise, save, load back, measure")
         saved = quantize_and_save(
             copy.deepcopy(float_model),
             tokenizer,
@@ -92,7 +96,8 @@ def run_demo(configs: list[QepConfig], text: Path, out: Path, progress: Progress
             overwrite=True,
             progress=progress,
         )
-        records[name] = measure((float_model, saved.reloaded.float()), tokenizer, text, folder, progress)
+        cast_weights(saved.reloaded, float_model.dtype)
+        records[name] = measure((float_model, saved.reloaded), tokenizer, text, folder, progress)
         samples[name] = sample(saved.reloaded, tokenizer)
     best = min(records, key=lambda name: records[name].text.kl.value)
     return {

@@ -12,6 +12,7 @@ from hf_qep.cli import output
 from hf_qep.engine.headers import MANIFEST, TensorEntry, read_headers, read_json
 from hf_qep.errors import CheckpointError
 
+SCALE = ".weight_scale"  # every format has this tensor
 WORD_BITS = 32  # signs per int32 word of a packed tensor
 
 
@@ -71,7 +72,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
         "architectures": config.get("architectures") or [],
         "base_model": manifest.get("base_model"),
         "method": recipe.get("method"),
-        "format": sorted({x["format"] for x in layers}),
+        "format": sorted({x["format"] for x in layers if x["format"]}),
         "bits_linear": _bits_per_weight(counted),
         "bits_model": _bits_per_weight(_sizes(others) + [(x["bytes"], math.prod(x["shape"])) for x in layers]),
         "linear_weights": linear_weights,
@@ -86,44 +87,48 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
 def _packed_layers(
     tensors: dict[str, TensorEntry], recipe: dict[str, Any], report: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """One entry per packed module, in the order of the config.
+    """One entry per packed module, in the order of the files, under the name it has there.
 
-    The width follows from the manifest or the column scale; without both, the last word counts as full.
+    A family may store its tensors under other names than its modules have, so the layers are found by their scales and
+    the config only says how many there must be. The signs of stacked experts have the bare name of the float parameter.
     """
-    known = {x["name"]: x for x in report.get("layers") or []}
     formats = {name: entry.get("format") for entry in recipe.get("layers") or [] for name in entry.get("modules") or []}
-    layers = []
-    for module, format_name in formats.items():
-        prefix = _stored_prefix(module, tensors)
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.rpartition(".")[0] + "." == prefix}
-        own.pop("bias", None)
-        if not {"weight", "weight_scale"} <= own.keys():
-            raise CheckpointError(f"config.json lists {module!r} as quantised, but no file holds its packed tensors")
-        *stack, _, words = own["weight"].shape
-        width = own["column_scale"].shape[-1] if "column_scale" in own else words * WORD_BITS
-        shape = [*stack, own["weight_scale"].shape[len(stack)], known.get(module, {}).get("in_features", width)]
-        stored = sum(t.bytes for t in own.values())
-        layers.append(
-            {
-                "name": module,
-                "shape": shape,
-                "format": format_name,
-                "stored_bits": _bits_per_weight([(stored, math.prod(shape))]),
-                "bytes": stored,
-                "error": known.get(module, {}).get("error"),
-                "tensors": [prefix + n for n in own],
-            }
+    modules = [name.removesuffix(SCALE) for name in tensors if name.endswith(SCALE)] if formats else []
+    if len(modules) != len(formats):
+        raise CheckpointError(
+            f"config.json lists {len(formats)} quantised modules, but the files hold {len(modules)}; they do not "
+            "belong together"
         )
-    return layers
+    only = next(iter(set(formats.values()))) if len(set(formats.values())) == 1 else None
+    return [_packed_layer(name, formats.get(name, only), tensors, report) for name in modules]
 
 
-def _stored_prefix(module: str, tensors: dict[str, TensorEntry]) -> str:
-    """Prefix of a module's tensors; files and config may differ by the name of the backbone."""
-    if f"{module}.weight" in tensors:
-        return f"{module}."
-    suffix = f".{module}.weight"
-    longer = next((name.removesuffix("weight") for name in tensors if name.endswith(suffix)), None)
-    return longer or module.partition(".")[2] + "."
+def _packed_layer(
+    module: str, format_name: str | None, tensors: dict[str, TensorEntry], report: dict[str, Any]
+) -> dict[str, Any]:
+    """The width follows from the manifest or the column scale; without both, the last word counts as full."""
+    own = {n: t for n, t in tensors.items() if n == module or n.rpartition(".")[0] == module}
+    own.pop(f"{module}.bias", None)
+    signs = own.get(module) or own.get(f"{module}.weight")
+    if signs is None or len(signs.shape) < 2:
+        raise CheckpointError(
+            f"the files hold scales of {module!r}, but no packed signs; download the checkpoint again"
+        )
+    *stack, _, words = signs.shape
+    known = [x for x in report.get("layers") or [] if x["name"] == module]
+    column = own.get(f"{module}.column_scale")
+    width = known[0]["in_features"] if known else column.shape[-1] if column else words * WORD_BITS
+    shape = [*stack, own[module + SCALE].shape[len(stack)], width]
+    stored = sum(t.bytes for t in own.values())
+    return {
+        "name": module,
+        "shape": shape,
+        "format": format_name,
+        "stored_bits": _bits_per_weight([(stored, math.prod(shape))]),
+        "bytes": stored,
+        "error": sum(x["error"] for x in known) / len(known) if known else None,
+        "tensors": list(own),
+    }
 
 
 def _float_matrices(matrices: dict[str, TensorEntry], report: dict[str, Any]) -> list[dict[str, Any]]:

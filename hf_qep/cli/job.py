@@ -68,7 +68,8 @@ def quantize_and_save(
             model=model,
         )
     report = quantize_model(model, config, calibration, progress=progress)
-    model.to(stored_as or model.dtype)
+    if stored_as is not None:
+        cast_weights(model, stored_as)
     manifest = build_manifest(
         base_model=base_model,
         config=config,
@@ -80,6 +81,18 @@ def quantize_and_save(
     save_checkpoint(model, out, tokenizer=tokenizer, manifest=manifest, overwrite=overwrite, remote_code=remote_code)
     reloaded = load_back(model, out, calibration)
     return Saved(reloaded, report, calibration, bits_report(reloaded, out))
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what is stored; buffers that are not, such as rotary frequencies, stay as precise as loading makes them."""
+    kept = [
+        (module, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer
 
 
 @torch.no_grad()

@@ -53,13 +53,13 @@ def test_bits_of_a_layer_are_those_of_its_format(tmp_path, module, spec):
 
 
 def test_a_stack_of_experts_counts_every_expert(tmp_path):
-    spec = sign.Spec(column_scale=True)
-    stacked = {n: torch.stack([t] * 3) for n, t in zeros(sign, spec, "mlp.experts.up").items()}
-    found = describe_checkpoint(
-        write_checkpoint(tmp_path / "c", stacked, [{"format": "sign", "modules": ["mlp.experts.up"]}])
-    )
+    spec, name = sign.Spec(column_scale=True), "mlp.experts.up"
+    stacked = {n: torch.stack([t] * 3) for n, t in zeros(sign, spec, name).items()}
+    stacked[name] = stacked.pop(f"{name}.weight")
+    found = describe_checkpoint(write_checkpoint(tmp_path / "c", stacked, [{"format": "sign", "modules": [name]}]))
     assert found["layers"][0]["shape"] == [3, OUT, IN]
     assert found["bits_linear"] == pytest.approx(sign.stored_bits(spec, OUT, IN) / (OUT * IN))
+    assert found["skipped"] == []
 
 
 def test_a_bias_is_not_counted_as_part_of_the_packed_weight(tmp_path):
@@ -70,12 +70,11 @@ def test_a_bias_is_not_counted_as_part_of_the_packed_weight(tmp_path):
     assert found["bits_model"] > found["bits_linear"]
 
 
-def test_names_with_another_prefix_in_the_file_are_found(tmp_path):
-    tensors = zeros(sign, sign.Spec(column_scale=True), "model.block.proj")
-    found = describe_checkpoint(
-        write_checkpoint(tmp_path / "c", tensors, [{"format": "sign", "modules": ["block.proj"]}])
-    )
-    assert found["layers"][0]["shape"] == [OUT, IN]
+def test_layers_stored_under_names_of_another_version_are_found(tmp_path):
+    tensors = zeros(sign, sign.Spec(column_scale=True), "encoder.layer.0.query")
+    entry = {"format": "sign", "modules": ["layers.0.q_proj"]}
+    (layer,) = describe_checkpoint(write_checkpoint(tmp_path / "c", tensors, [entry]))["layers"]
+    assert (layer["name"], layer["shape"], layer["format"]) == ("encoder.layer.0.query", [OUT, IN], "sign")
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 16), (torch.float32, 32)])
@@ -113,9 +112,16 @@ def test_a_truncated_file_is_refused(tmp_path):
     assert "model.safetensors" in refusal(run("inspect", folder))
 
 
-def test_a_layer_without_tensors_is_refused(tmp_path):
+def test_fewer_packed_layers_than_the_config_lists_are_refused(tmp_path):
+    tensors = zeros(sign, sign.Spec(), "a")
+    folder = write_checkpoint(tmp_path / "c", tensors, [{"format": "sign", "modules": ["a", "b"]}])
+    with pytest.raises(CheckpointError, match="lists 2 quantised modules, but the files hold 1"):
+        describe_checkpoint(folder)
+
+
+def test_scales_without_signs_are_refused(tmp_path):
     folder = write_checkpoint(
-        tmp_path / "c", {"a.weight": torch.zeros(2, 2)}, [{"format": "sign", "modules": ["proj"]}]
+        tmp_path / "c", {"a.weight_scale": torch.zeros(2, 1)}, [{"format": "sign", "modules": ["a"]}]
     )
-    with pytest.raises(CheckpointError, match="proj"):
+    with pytest.raises(CheckpointError, match="no packed signs"):
         describe_checkpoint(folder)
