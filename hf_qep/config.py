@@ -31,6 +31,8 @@ class QepConfig(QuantizationConfigMixin):
         group_size: columns that share one row scale; None is one scale per row.
         propagation: alpha of QEP (arXiv 2504.09629), 0 (off) to 1: how much of the error made upstream each layer's
             target corrects.
+        residual: where a layer's output is added to the residual stream, let its target also correct the error which
+            that stream carries past the layer, as far as the layer's input predicts it.
         damping: ridge of the Hessian in units of its mean diagonal.
         dataset: calibration data: Hub id, file, list of strings, token tensor, weighted mix or chat messages; None
             samples text from the model itself.
@@ -55,6 +57,7 @@ class QepConfig(QuantizationConfigMixin):
         method: str = "sign",
         group_size: int | None = None,
         propagation: float = 1.0,
+        residual: bool = True,
         damping: float = 0.03,
         dataset: Any = None,
         num_samples: int = 128,
@@ -73,7 +76,7 @@ class QepConfig(QuantizationConfigMixin):
         self.quant_method = "qep"
         self.format_version = format_version
         self.bits, self.method, self.group_size = bits, method, group_size
-        self.propagation, self.damping = propagation, damping
+        self.propagation, self.residual, self.damping = propagation, residual, damping
         self.dataset, self.num_samples, self.seq_len, self.batch_size = dataset, num_samples, seq_len, batch_size
         self.skip_modules, self.seed, self.bias_correction = skip_modules, seed, bias_correction
         self.layers = layers

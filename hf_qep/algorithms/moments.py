@@ -20,23 +20,31 @@ class Moments:
     in_features: width of the activations.
     cross: also keep C, the moment that QEP needs.
     device: where the moments live; batches are moved there.
+    outputs: width of the output whose gap to the float stream is kept too, 0 for none.
     """
 
-    def __init__(self, in_features: int, cross: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, in_features: int, cross: bool = False, device: torch.device | str = "cpu", *, outputs: int = 0
+    ) -> None:
         self.count = 0
         """Tokens seen."""
         square = (in_features, in_features)
         self._hessian = torch.zeros(square, dtype=torch.float32, device=device)
         self._cross = torch.zeros(square, dtype=torch.float32, device=device) if cross else None
+        self._gap = torch.zeros((outputs, in_features), dtype=torch.float32, device=device) if outputs else None
+        self._mean_gap = torch.zeros(outputs, dtype=torch.float64, device=device)
         # The mean feeds a bias correction: it is a difference of nearly equal numbers, hence float64.
         self._mean_quantized = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._mean_float = torch.zeros(in_features, dtype=torch.float64, device=device)
 
-    def update(self, x_quantized: Tensor, x_float: Tensor | None = None) -> None:
+    def update(self, x_quantized: Tensor, x_float: Tensor | None = None, gap: Tensor | None = None) -> None:
         """Add tokens: `x_quantized` and `x_float` are (..., in), any float dtype; `x_float` defaults to the former.
 
-        Raises ValueError when the float stream is missing although the cross moment is kept.
+        gap: (..., outputs), output of the float minus output of the quantised stream. Raises ValueError when the float
+        stream or the gap is missing although its moment is kept.
         """
+        if self._gap is not None and gap is None:
+            raise ValueError("the output gap is kept: pass gap with the same tokens")
         if self._cross is not None and x_float is None:
             raise ValueError("the cross moment needs the float stream: pass x_float with the same tokens")
         xq = self._rows(x_quantized)
@@ -48,7 +56,12 @@ class Moments:
         self._hessian.addmm_(xq.T, xq, beta=old, alpha=new)
         if self._cross is not None:
             self._cross.addmm_((xf - xq).T, xq, beta=old, alpha=new)
-        for mean, x in ((self._mean_quantized, xq), (self._mean_float, xf)):
+        means = [(self._mean_quantized, xq), (self._mean_float, xf)]
+        if self._gap is not None:
+            gap = self._rows(gap)
+            self._gap.addmm_(gap.T, xq, beta=old, alpha=new)
+            means.append((self._mean_gap, gap))
+        for mean, x in means:
             mean.mul_(old).add_(x.sum(0, dtype=torch.float64), alpha=new)
 
     def hessian(self) -> Tensor:
@@ -60,6 +73,14 @@ class Moments:
         if self._cross is None:
             raise ValueError("the cross moment was not kept: build Moments with cross=True")
         return _checked(self._cross, "the cross moment of the activations")
+
+    def output_gap(self) -> Tensor | None:
+        """G = E[(y - ŷ) x̂ᵀ], (outputs, in) float32, or None if it was not kept. Raises NonFiniteError on NaN or Inf."""
+        return None if self._gap is None else _checked(self._gap, "the gap between the two streams")
+
+    def mean_gap(self) -> Tensor:
+        """E[y - ŷ], (outputs,) float32."""
+        return self._mean_gap.float()
 
     def mean_quantized(self) -> Tensor:
         """E[x̂], (in,) float32."""

@@ -25,8 +25,20 @@ def correct_target(
     damping       fraction of the mean diagonal; more shrinks the correction towards none
     Returns (out, in) float32. Raises IllConditionedError if H + λI has no Cholesky factor.
     """
+    return correct_output(weight, hessian, weight @ cross_moment, strength=strength, damping=damping)
+
+
+def correct_output(
+    weight: Tensor, hessian: Tensor, output_gap: Tensor, *, strength: float = 1.0, damping: float = 0.03
+) -> Tensor:
+    """The same for a given gap in the output: W* = W + strength · G (H + λI)⁻¹.
+
+    output_gap    (out, in)  G = E[(y - ŷ) x̂ᵀ], where ŷ is the output in the quantised stream before the weight itself
+                  is quantised and y what it should be. G = W C gives `correct_target`. Where the output is added to a
+                  residual stream, y - ŷ taken after the addition also holds the error that the residual carries past
+                  the layer, and the layer corrects as much of it as its input can predict.
+    """
     if strength == 0:
         return weight.clone()
     factor, _ = cholesky_damped(hessian, damping)
-    correction = torch.cholesky_solve((weight @ cross_moment).T, factor).T
-    return weight + strength * correction
+    return weight + strength * torch.cholesky_solve(output_gap.T, factor).T

@@ -21,7 +21,8 @@ from hf_qep.algorithms.moments import cholesky_damped
 from hf_qep.algorithms.scales import RIDGE, geometric_mean
 
 WINDOW = 16
-"""Columns among which a row picks its best flip. One column at a time took 4 times as long for a worse optimum."""
+"""Columns among which a row picks its best flip. Going column by column takes 8 times the steps and ends 2 per cent
+higher on real layers."""
 
 FLIPS = 2
 """Flips per window, row and sweep: about as many as are worth making in the first sweep."""

@@ -18,6 +18,10 @@ from hf_qep.architectures.parts import LinearRef
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
+SUMS = ("add", "__add__", "__radd__", "add_", "__iadd__")
+"""Names of the functions that add two tensors."""
+
+
 class StopForward(Exception):
     """Raised to end a forward pass early; whoever raises it on purpose also catches it."""
 
@@ -29,29 +33,59 @@ class LinearObserver(TorchFunctionMode):
     expert slices), `torch.addmm` (Conv1D) and `x @ weight.T` (Falcon). Other weights are ignored, among them those that
     a quantised module dequantises for one call. Exceptions of the callback pass through the model's forward, so
     StopForward ends it. Inside the callback nothing is observed.
+    on_sum: called with the total when the output of a product is first a term of a sum, as where a block adds it to its
+    residual stream.
     """
 
-    def __init__(self, weights: Mapping[LinearRef, Tensor], callback: Callable[[LinearRef, Tensor], None]) -> None:
+    def __init__(
+        self,
+        weights: Mapping[LinearRef, Tensor],
+        callback: Callable[[LinearRef, Tensor], None],
+        on_sum: Callable[[LinearRef, Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
-        self._callback = callback
+        self._callback, self._on_sum = callback, on_sum
+        self._outputs: dict[LinearRef, Tensor] = {}
         # The tensors are kept as well: an address is only unique while its tensor lives.
         self._weights = {weight.data_ptr(): (ref, weight) for ref, weight in weights.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, ref = kwargs or {}, None
         if func is torch.nn.functional.linear:
-            self._see(_argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight"))
+            ref = self._see(_argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight"))
         elif func is torch.addmm:
-            self._see(_argument(args, kwargs, 1, "mat1"), _argument(args, kwargs, 2, "mat2").mT)
+            ref = self._see(_argument(args, kwargs, 1, "mat1"), _argument(args, kwargs, 2, "mat2").mT)
         elif func in MATMULS and (right := _argument(args, kwargs, 1, "other")).ndim == 2:
-            self._see(_argument(args, kwargs, 0, "input"), right.mT)
-        return func(*args, **kwargs)
+            ref = self._see(_argument(args, kwargs, 0, "input"), right.mT)
+        result = func(*args, **kwargs)
+        if self._on_sum is not None:
+            if ref is not None:
+                self._outputs[ref] = result
+            elif self._outputs and getattr(func, "__name__", "") in SUMS:
+                self._see_sum(args, result)
+        return result
 
-    def _see(self, x: Tensor, weight: Tensor) -> None:
+    def _see(self, x: Tensor, weight: Tensor) -> LinearRef | None:
         ref, known = self._weights.get(weight.data_ptr(), (None, None))
         # A square matrix that is used the other way round has the address and the shape, but not the strides.
-        if ref is not None and weight.shape == known.shape and weight.stride() == known.stride():
-            self._callback(ref, x)
+        if ref is None or weight.shape != known.shape or weight.stride() != known.stride():
+            return None
+        self._callback(ref, x)
+        return ref
+
+    def _see_sum(self, terms: tuple, total: Tensor) -> None:
+        for ref, output in list(self._outputs.items()):
+            if any(_same_memory(term, output) for term in terms):
+                del self._outputs[ref]
+                if total.numel() == output.numel():
+                    self._on_sum(ref, total)
+
+
+def _same_memory(term: Any, output: Tensor) -> bool:
+    """Views (Conv1D) and dropout at rest hand on the memory, not the object."""
+    if not isinstance(term, Tensor):
+        return False
+    return term.data_ptr() == output.data_ptr() and term.numel() == output.numel()
 
 
 def _argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Tensor:

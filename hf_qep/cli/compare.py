@@ -50,6 +50,7 @@ def compare_command(
     methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = "rtn,gptq,onebit,sign",
     bits: Annotated[str, typer.Option(help="Bits per weight, comma-separated.")] = "1.0",
     propagation: Annotated[str, typer.Option(help="Strengths of error propagation, comma-separated.")] = "1.0",
+    residual: Annotated[str, typer.Option(help="Correct the residual stream too: on, off or both.")] = "on",
     group_size: Annotated[str, typer.Option(help="Group sizes, comma-separated; row = one scale per row.")] = "row",
     dataset: Annotated[str | None, typer.Option(help="Calibration text. Left out: the model writes its own.")] = None,
     text: TextOption = None,
@@ -78,13 +79,15 @@ def compare_command(
 
     common = {"num_samples": num_samples, "seq_len": seq_len, "seed": seed, "batch_size": batch_size}
     configs = [
-        QepConfig(method=m, bits=b, group_size=g, propagation=p, dataset=dataset, **common)
-        for m, b, g, p in itertools.product(
+        QepConfig(method=m, bits=b, group_size=g, propagation=p, residual=r, dataset=dataset, **common)
+        for m, b, g, p, r in itertools.product(
             split(methods, "methods", str),
             split(bits, "bits", float),
             split(group_size, "group-size", lambda word: None if word == "row" else int(word)),
             split(propagation, "propagation", float),
+            split(residual, "residual", _on_or_off),
         )
+        if r or p > 0  # without propagation there is no residual correction to switch off
     ]
     texts, source = read_held_out(text)
     options = EvalOptions(window, stride, bos, max_tokens=max_tokens, batch_size=batch_size, limit=limit, seed=seed)
@@ -142,7 +145,7 @@ def _compare_one(
     from hf_qep.engine.job import quantize_model
     from hf_qep.evaluation.pair import compare_on_tasks, compare_on_text
 
-    row = dict.fromkeys(_COLUMNS) | {k: getattr(config, k) for k in ("method", "bits", "group_size", "propagation")}
+    row = dict.fromkeys(_COLUMNS) | {k: getattr(config, k) for k in _RECIPE}
     quantized = copy.deepcopy(float_model)
     began = time.perf_counter()
     try:
@@ -177,8 +180,9 @@ def _compare_one(
     )
 
 
+_RECIPE = ("method", "bits", "group_size", "propagation", "residual")
 _COLUMNS = (
-    "method", "bits", "group_size", "propagation", "status", "reason", "bits_linear", "bits_model", "weight_bytes",
+    *_RECIPE, "status", "reason", "bits_linear", "bits_model", "weight_bytes",
     "seconds", "mean_error", "kl", "top1_agreement", "perplexity", "float_perplexity", "bits_per_byte",
     "cosine_distance", "neighbour_overlap", "tasks",
 )  # fmt: skip
@@ -215,6 +219,12 @@ def _task_scores(results: Sequence[Any]) -> dict[str, Any]:
     }
 
 
+def _on_or_off(word: str) -> bool:
+    if word not in ("on", "off"):
+        raise ValueError(f"{word!r} is neither on nor off")
+    return word == "on"
+
+
 def split(words: str, option: str, read: Any) -> list[Any]:
     """Values of a comma-separated option. Raises ConfigError if it is empty or a value cannot be read."""
     parts = [word.strip() for word in words.split(",") if word.strip()]
@@ -234,10 +244,11 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     tasks = sorted({name for row in done for name in row["tasks"]})
     if done and done[0]["float_perplexity"]:
         title += f" (float perplexity {done[0]['float_perplexity']['value']:.4g})"
-    columns = ["method", "bits", "group", "QEP", "bits, linears", "bits, model"]
+    columns = ["method", "bits", "group", "QEP", "residual", "bits, linears", "bits, model"]
     table = [
         [
-            row["method"], row["bits"], row["group_size"], row["propagation"], row["bits_linear"], row["bits_model"],
+            row["method"], row["bits"], row["group_size"], row["propagation"],
+            "on" if row["residual"] and row["propagation"] else "off", row["bits_linear"], row["bits_model"],
             *(_short(row[name]) for name in measured),
             *(_short(row["tasks"][name]["quantized"]) for name in tasks),
             row["seconds"],

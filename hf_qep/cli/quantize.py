@@ -35,6 +35,7 @@ def quantize_command(
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
     propagation: Annotated[float, typer.Option(help="Strength of error propagation (QEP), 0 to 1.")] = 1.0,
+    residual: Annotated[bool, typer.Option(help="Correct the error that the residual stream carries too.")] = True,
     damping: Annotated[float, typer.Option(help="Ridge of the Hessian, in units of its mean diagonal.")] = 0.03,
     seed: Annotated[int, typer.Option(help="Seed of sampling and solvers.")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help="Module that stays float; may be repeated.")] = None,
@@ -56,7 +57,7 @@ def quantize_command(
     from hf_qep.engine.source import load_float_model, resolve_model
 
     rows = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size}
-    solver = {"propagation": propagation, "damping": damping, "seed": seed}
+    solver = {"propagation": propagation, "residual": residual, "damping": damping, "seed": seed}
     config = QepConfig(
         bits=bits, method=method, group_size=group_size, dataset=dataset, skip_modules=skip, **rows, **solver
     )

@@ -15,19 +15,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from hf_qep.algorithms.moments import Moments
+from hf_qep.algorithms.qep import correct_output
 from hf_qep.architectures.access import get_bias, get_weight
 from hf_qep.architectures.observe import LinearObserver, StopForward
 from hf_qep.architectures.skeleton import BlockInputs, run_block
 from hf_qep.architectures.structure import Block, Group, LinearRef
-from hf_qep.methods.problem import LayerProblem
-from torch import Tensor, nn
-
-from hf_qep.algorithms.moments import Moments
-from hf_qep.algorithms.qep import correct_target
 from hf_qep.config import QepConfig
 from hf_qep.engine.report import LayerReport, QuantizationReport
 from hf_qep.engine.streams import Stream, StreamStore
-from hf_qep.errors import NonFiniteError
+from hf_qep.errors import ArchitectureError, NonFiniteError
+from hf_qep.methods.problem import LayerProblem
 from hf_qep.modules import PackedTensors, QepExpertWeight, packed_like, replace_module
 from hf_qep.registry import METHODS
 
@@ -60,13 +60,13 @@ class Job:
 def quantize_block(job: Job, index: int, block: Block) -> None:
     """Quantise all groups of a block in place and move both streams behind it."""
     with job.timed("float pass"):
-        float_inputs = _float_pass(job, index, block)
+        float_sides = _float_pass(job, index, block)
     passes = 0
-    for group, kept in zip(block.groups, float_inputs, strict=True):
+    for group, side in zip(block.groups, float_sides, strict=True):
         with job.timed("observe"):
-            moments = _observe(job, index, block, group, kept)
+            moments = _observe(job, index, block, group, side)
             passes += 1
-        kept.clear()
+        side.stream.clear()
         _solve_group(job, group, moments)
     with job.timed("advance"):
         device = _device(job.model, block)
@@ -88,34 +88,69 @@ def _step(
         stream.replace(batch, hidden)
 
 
-def _float_pass(job: Job, index: int, block: Block) -> list[Stream]:
-    """Advance the float stream and keep the input of every group that propagates errors."""
-    kept = [job.store.stream() for _ in block.groups]
+@dataclass
+class FloatSide:
+    """What the float stream leaves behind for one group."""
+
+    stream: Stream
+    """The group's input or, if `summed`, the sum that its output is a term of; empty without propagation."""
+    summed: bool = False
+
+
+def _float_pass(job: Job, index: int, block: Block) -> list[FloatSide]:
+    """Advance the float stream and keep its side of every group that propagates errors."""
+    kept = [FloatSide(job.store.stream()) for _ in block.groups]
     wanted = {g.linears[0]: s for g, s in zip(block.groups, kept, strict=True) if job.strength(g) > 0}
     device = _device(job.model, block)
+    writers = _residual_writers(job, block) if job.config.residual else set()
+
+    def see_sum(ref: LinearRef, total: Tensor) -> None:
+        if ref in writers:
+            wanted[ref].stream.replace(-1, total)
+            wanted[ref].summed = True
+
     weights = {ref: get_weight(job.model, ref) for ref in wanted}
-    with LinearObserver(weights, lambda ref, x: wanted[ref].append(x)):
+    with LinearObserver(weights, lambda ref, x: wanted[ref].stream.append(x), see_sum):
         for batch in range(len(job.float_stream)):
             _step(job, index, block, job.float_stream, batch, device, advance=True)
     return kept
 
 
-def _observe(job: Job, index: int, block: Block, group: Group, float_input: Stream) -> dict[LinearRef, Moments]:
+def _residual_writers(job: Job, block: Block) -> set[LinearRef]:
+    """Linears that may write to the residual stream: alone in their group, and as wide as the stream.
+
+    The width tells them from projections into an activation that holds a sum of its own, such as GPT-2's gelu.
+    """
+    width = job.float_stream.get(0, torch.device("cpu")).shape[-1]
+    return {g.linears[0] for g in block.groups if len(g.linears) == 1 and g.linears[0].out_features == width}
+
+
+def _observe(job: Job, index: int, block: Block, group: Group, side: FloatSide) -> dict[LinearRef, Moments]:
     """Moments of the quantised stream at a group: one for linears that share their input, one per expert."""
     experts = group.linears[0].expert is not None
     watched = group.linears if experts else group.linears[:1]
     device = _device(job.model, block)
-    cross = len(float_input) > 0
-    moments = {ref: Moments(ref.in_features, cross=cross, device=device) for ref in watched}
-    batch = 0
+    cross = len(side.stream) > 0 and not side.summed
+    moments = {
+        ref: Moments(ref.in_features, cross, device, outputs=ref.out_features if side.summed else 0) for ref in watched
+    }
+    batch, inputs = 0, {}
 
     def see(ref: LinearRef, x: Tensor) -> None:
-        x_float = float_input.get(batch, device).flatten(0, -2) if cross else None
-        moments[ref].update(x.flatten(0, -2), x_float)
+        if side.summed:
+            inputs[ref] = x
+            return
+        moments[ref].update(x, side.stream.get(batch, device) if cross else None)
         if not experts:
             raise StopForward
 
-    with LinearObserver({ref: get_weight(job.model, ref) for ref in watched}, see):
+    def see_sum(ref: LinearRef, total: Tensor) -> None:
+        if side.summed:
+            gap = side.stream.get(batch, device).float() - total.float()
+            moments[ref].update(inputs.pop(ref), gap=gap)
+            raise StopForward
+
+    with LinearObserver({ref: get_weight(job.model, ref) for ref in watched}, see, see_sum):
         for batch in range(len(job.quantized_stream)):
             try:
                 _step(job, index, block, job.quantized_stream, batch, device, advance=False)
@@ -126,6 +161,8 @@ def _observe(job: Job, index: int, block: Block, group: Group, float_input: Stre
 
 def _solve_group(job: Job, group: Group, moments: dict[LinearRef, Moments]) -> None:
     packed: dict[str, PackedTensors] = {}
+    if group.linears[0].expert is None and not moments[group.linears[0]].count:
+        raise ArchitectureError(f"no calibration token reaches `{group.linears[0].name}`; name it in skip_modules")
     try:
         pool = _pool(moments)
         hessians = {ref: _shrink(own, pool) for ref, own in moments.items()}
@@ -164,8 +201,9 @@ def _solve_linear(
     with job.timed("correct"):
         target = weight
         if strength > 0:
-            cross = moments.cross()
-            target = correct_target(weight, hessian, cross, strength=strength, damping=config.damping)
+            gap = moments.output_gap()
+            gap = weight @ moments.cross() if gap is None else gap
+            target = correct_output(weight, hessian, gap, strength=strength, damping=config.damping)
     with job.timed("solve"):
         generator = torch.Generator().manual_seed(layer_seed(config.seed, ref))
         parts = method.solve(LayerProblem(target, hessian, spec, config.damping, generator))
@@ -204,8 +242,11 @@ def _set_bias(
         return
     new = bias.float()
     if job.config.bias_correction:
-        aim = moments.mean_float() if corrected else moments.mean_quantized()
-        new = new + weight @ aim.to(weight) - shipped @ moments.mean_quantized().to(weight)
+        mean = moments.mean_quantized()
+        new = new + (weight - shipped) @ mean
+        if corrected:
+            summed = moments.output_gap() is not None
+            new = new + (moments.mean_gap() if summed else weight @ (moments.mean_float() - mean))
     module.bias.data.copy_(new)
 
 

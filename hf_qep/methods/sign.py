@@ -17,7 +17,7 @@ from hf_qep.methods.problem import LayerProblem, require_one_bit
 
 FORMAT = sign.NAME
 SWEEPS = 2
-"""Each lowers the error of real layers by less than the one before: 12, 4, 2 and 1 per cent, here and on new tokens."""
+"""Sweeps lower the error of real layers by 22, 5, 2 and 1 per cent in turn, on new tokens too; each costs about a GPTQ."""
 
 
 def spec(bits: float, group_size: int | None, out_features: int, in_features: int) -> sign.Spec:

@@ -123,6 +123,20 @@ def test_propagation_lowers_the_error_of_the_last_block_on_the_calibration_rows(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "cohere2", "gpt2", "vit", "bert"])
+def test_correcting_the_residual_stream_lowers_the_error_of_the_model_on_the_calibration_rows(family):
+    inputs = tiny_batch(family, batch_size=96)
+    key = "pixel_values" if "pixel_values" in inputs else "input_ids"
+    data = load_calibration(inputs[key], None, num_samples=96, seq_len=16, seed=0)
+    errors = {}
+    for residual in (False, True):
+        model = tiny_model(family)
+        quantize_model(model, QepConfig(method="gptq", residual=residual), data)
+        errors[residual] = final_error(model, tiny_model(family), {key: data.inputs[key]}).item()
+    assert errors[True] < errors[False]
+
+
+@torch.no_grad()
 def test_bias_correction_removes_the_mean_error_of_the_first_linear():
     outputs = {}
     reference, batch = tiny_model("bert"), calibration().inputs
@@ -192,5 +206,5 @@ def test_fewer_tokens_than_the_widest_input_is_warned_about_with_the_number_advi
 
 
 def test_skipping_everything_is_refused():
-    with pytest.raises(ArchitectureError, match="nothing to quantise"):
+    with pytest.raises(ArchitectureError, match="skip_modules"):
         quantize_model(tiny_model("llama"), QepConfig(skip_modules=["model.layers"]), calibration())
