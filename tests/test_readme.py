@@ -42,7 +42,8 @@ def test_command_lines_of_the_readme_are_accepted(words):
 
 def test_options_named_in_the_readme_exist():
     group = typer.main.get_command(app)
-    known = {o for name in COMMANDS for p in group.get_command(None, name).params for o in p.opts} | {"--help"}
+    params = [p for name in COMMANDS for p in group.get_command(None, name).params]
+    known = {o for p in params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
     named = set(re.findall(r"`(--[a-z-]+)", text_of("README.md")))
     assert named - known == set()
 
