@@ -56,10 +56,17 @@ def test_layers_survive_json_grouped_by_equal_spec():
 
 @pytest.mark.parametrize(
     "layers",
-    [[{"format": "nope", "modules": []}], [{"format": "sign", "modules": [], "colour": 1}], [{"format": "sign"}], [3]],
+    [
+        [{"format": "nope", "modules": []}],
+        [{"format": "sign", "modules": [], "colour": 1}],
+        [{"format": "sign"}],
+        [3],
+        [{"format": "factored", "rank": "8", "modules": []}],
+        [{"format": "sign", "group_size": 0, "modules": []}],
+    ],
 )
 def test_layers_that_make_no_sense_are_refused(layers):
-    with pytest.raises((CheckpointError, UnknownNameError)):
+    with pytest.raises((CheckpointError, ConfigError, UnknownNameError)):
         QepConfig(layers=layers)
 
 

@@ -161,7 +161,7 @@ def _observe(job: Job, index: int, block: Block, group: Group, side: FloatSide) 
 
 def _solve_group(job: Job, group: Group, moments: dict[LinearRef, Moments]) -> None:
     packed: dict[str, PackedTensors] = {}
-    if group.linears[0].expert is None and not moments[group.linears[0]].count:
+    if not group.exempt and not moments[group.linears[0]].count:
         raise ArchitectureError(f"no calibration token reaches `{group.linears[0].name}`; name it in skip_modules")
     try:
         pool = _pool(moments)

@@ -36,11 +36,13 @@ class Spec:
     """Inner width of the two sign matrices."""
     format: str = NAME
 
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ConfigError(f"rank must be a whole number of at least 1, not {self.rank!r}")
+
 
 def layout(spec: Spec, out_features: int, in_features: int) -> dict[str, tuple[Shape, torch.dtype]]:
     """Tensors of one linear."""
-    if spec.rank < 1:
-        raise ConfigError(f"rank {spec.rank} of a factored layer must be at least 1")
     return {
         "weight": ((spec.rank, words_for(in_features)), torch.int32),
         "left": ((out_features, words_for(spec.rank)), torch.int32),

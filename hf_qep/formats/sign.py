@@ -36,6 +36,13 @@ class Spec:
     """One more scale per column."""
     format: str = NAME
 
+    def __post_init__(self) -> None:
+        size = self.group_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ConfigError(f"group_size must be None or a whole number of at least 1, not {size!r}")
+        if not isinstance(self.column_scale, bool):
+            raise ConfigError(f"column_scale must be true or false, not {self.column_scale!r}")
+
 
 def layout(spec: Spec, out_features: int, in_features: int) -> dict[str, tuple[Shape, torch.dtype]]:
     """Tensors of one linear. Raises ConfigError if the group size does not divide the width."""
@@ -52,7 +59,7 @@ def groups(spec: Spec, in_features: int) -> int:
     """Scales per row."""
     if spec.group_size is None:
         return 1
-    if spec.group_size < 1 or in_features % spec.group_size:
+    if in_features % spec.group_size:
         raise ConfigError(
             f"group size {spec.group_size} does not divide the layer width {in_features}; "
             "choose a divisor of every width or leave it out for one scale per row"
