@@ -34,7 +34,7 @@ PROBE_CHARACTERS = 2000
 
 TOKENISE_BATCH = 16
 WORD_SEARCH = 64
-"""An excerpt begins at the next blank within this many characters; scripts without blanks are cut anywhere."""
+"""An excerpt begins at the next blank (or end) within this many characters; scripts without blanks are cut anywhere."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,10 @@ def _spans(text: str, width: int) -> list[tuple[int, int]]:
     for part in range(1, parts):
         at = part * len(text) // parts
         blank = re.compile(r"\s").search(text, at, at + WORD_SEARCH)
-        at = blank.start() if blank else at
+        if blank or at + WORD_SEARCH < len(text):
+            at = blank.start() if blank else at
+        else:
+            at = len(text)  # inside the last word
         if borders[-1] < at < len(text):
             borders.append(at)
     return list(itertools.pairwise([*borders, len(text)]))
