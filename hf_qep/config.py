@@ -33,14 +33,15 @@ class QepConfig(QuantizationConfigMixin):
             target corrects.
         residual: where a layer's output is added to the residual stream, let its target also correct the error which
             that stream carries past the layer, as far as the layer's input predicts it.
-        damping: ridge of the Hessian in units of its mean diagonal.
+        damping: ridge of the Hessian in units of its mean diagonal; 2 * width / tokens is added to it, so that few
+            calibration tokens are not fitted more closely than they deserve.
         dataset: calibration data: Hub id, file, list of strings, token tensor, weighted mix or chat messages; None
             samples text from the model itself.
         num_samples, seq_len: calibration rows and tokens per row.
         batch_size: rows per forward pass while calibrating.
         skip_modules: names of modules that stay float, besides the embeddings and the head.
         seed: seed of sampling and of the solvers.
-        bias_correction: move each layer's mean output error into its bias, where it has one.
+        bias_correction: let each layer's bias, where it has one, take up the mean output error, and solve for the rest.
         tokenizer: tokenizer for `dataset` when quantising on the fly; default: the model's own. Not stored.
         dequantize: give back a plain float model while loading. Not stored.
         trainable_scales: keep float32 scales that train while loading (quantisation-aware training). Not stored.

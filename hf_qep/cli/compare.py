@@ -51,6 +51,7 @@ def compare_command(
     bits: Annotated[str, typer.Option(help="Bits per weight, comma-separated.")] = "1.0",
     propagation: Annotated[str, typer.Option(help="Strengths of error propagation, comma-separated.")] = "1.0",
     residual: Annotated[str, typer.Option(help="Correct the residual stream too: on, off or both.")] = "on",
+    damping: Annotated[str, typer.Option(help="Ridges of the Hessian, comma-separated.")] = "0.03",
     group_size: Annotated[str, typer.Option(help="Group sizes, comma-separated; row = one scale per row.")] = "row",
     dataset: Annotated[str | None, typer.Option(help="Calibration text. Left out: the model writes its own.")] = None,
     text: TextOption = None,
@@ -79,13 +80,14 @@ def compare_command(
 
     common = {"num_samples": num_samples, "seq_len": seq_len, "seed": seed, "batch_size": batch_size}
     configs = [
-        QepConfig(method=m, bits=b, group_size=g, propagation=p, residual=r, dataset=dataset, **common)
-        for m, b, g, p, r in itertools.product(
+        QepConfig(method=m, bits=b, group_size=g, propagation=p, residual=r, damping=d, dataset=dataset, **common)
+        for m, b, g, p, r, d in itertools.product(
             split(methods, "methods", str),
             split(bits, "bits", float),
             split(group_size, "group-size", lambda word: None if word == "row" else int(word)),
             split(propagation, "propagation", float),
             split(residual, "residual", _on_or_off),
+            split(damping, "damping", float),
         )
         if r or p > 0  # without propagation there is no residual correction to switch off
     ]
@@ -116,12 +118,12 @@ def run_comparison(
     """Quantise a copy of `float_model` by each config and measure it; one JSON-able row per config, in order.
 
     float_model: is not changed; it and one copy are in memory at a time.
-    Every row has the recipe (method, bits, group_size, propagation), `status` ("ok" or "impossible"), `reason`,
-    bits_linear, bits_model, weight_bytes, seconds (of quantising), mean_error (relative layer error on the calibration
-    rows), and measurements {value, stderr, n}: for language models kl, top1_agreement, perplexity, float_perplexity,
-    bits_per_byte; for encoders cosine_distance, neighbour_overlap; `tasks` maps "task/score" to
-    {float, quantized, retention}. What does not apply is None. A recipe that cannot be had (ConfigError, BitsError)
-    becomes a row whose `reason` says why.
+    Every row has the recipe (method, bits, group_size, propagation, residual, damping), `status` ("ok" or
+    "impossible"), `reason`, bits_linear, bits_model, weight_bytes, seconds (of quantising), mean_error (relative
+    layer error on the calibration rows), and measurements {value, stderr, n}: for language models kl,
+    top1_agreement, perplexity, float_perplexity, bits_per_byte; for encoders cosine_distance, neighbour_overlap;
+    `tasks` maps "task/score" to {float, quantized, retention}. What does not apply is None. A recipe that cannot be
+    had (ConfigError, BitsError) becomes a row whose `reason` says why.
     """
     from hf_qep.evaluation.tasks import answer_tasks
 
@@ -180,7 +182,7 @@ def _compare_one(
     )
 
 
-_RECIPE = ("method", "bits", "group_size", "propagation", "residual")
+_RECIPE = ("method", "bits", "group_size", "propagation", "residual", "damping")
 _COLUMNS = (
     *_RECIPE, "status", "reason", "bits_linear", "bits_model", "weight_bytes",
     "seconds", "mean_error", "kl", "top1_agreement", "perplexity", "float_perplexity", "bits_per_byte",
@@ -244,11 +246,12 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     tasks = sorted({name for row in done for name in row["tasks"]})
     if done and done[0]["float_perplexity"]:
         title += f" (float perplexity {done[0]['float_perplexity']['value']:.4g})"
-    columns = ["method", "bits", "group", "QEP", "residual", "bits, linears", "bits, model"]
+    columns = ["method", "bits", "group", "QEP", "residual", "damping", "bits, linears", "bits, model"]
     table = [
         [
             row["method"], row["bits"], row["group_size"], row["propagation"],
-            "on" if row["residual"] and row["propagation"] else "off", row["bits_linear"], row["bits_model"],
+            "on" if row["residual"] and row["propagation"] else "off", row["damping"],
+            row["bits_linear"], row["bits_model"],
             *(_short(row[name]) for name in measured),
             *(_short(row["tasks"][name]["quantized"]) for name in tasks),
             row["seconds"],

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_qep.algorithms.moments import Moments
+from hf_qep.algorithms.moments import Moments, ridge
 from hf_qep.algorithms.qep import correct_output
 from hf_qep.architectures.access import get_bias, get_weight
 from hf_qep.architectures.observe import LinearObserver, StopForward
@@ -30,6 +30,9 @@ from hf_qep.errors import ArchitectureError, NonFiniteError
 from hf_qep.methods.problem import LayerProblem
 from hf_qep.modules import PackedTensors, QepExpertWeight, packed_like, replace_module
 from hf_qep.registry import METHODS
+
+NORM_EPS = 1e-6
+"""As in the norms of transformers: keeps the weight of a token finite that is zero."""
 
 
 @dataclass
@@ -146,8 +149,9 @@ def _observe(job: Job, index: int, block: Block, group: Group, side: FloatSide) 
 
     def see_sum(ref: LinearRef, total: Tensor) -> None:
         if side.summed:
-            gap = side.stream.get(batch, device).float() - total.float()
-            moments[ref].update(inputs.pop(ref), gap=gap)
+            total = total.float()
+            gap = side.stream.get(batch, device).float() - total
+            moments[ref].update(inputs.pop(ref), gap=gap, token_weight=_norm_weight(total))
             raise StopForward
 
     with LinearObserver({ref: get_weight(job.model, ref) for ref in watched}, see, see_sum):
@@ -159,18 +163,25 @@ def _observe(job: Job, index: int, block: Block, group: Group, side: FloatSide) 
     return moments
 
 
+def _norm_weight(total: Tensor) -> Tensor:
+    """Weight of each token's error in the residual stream, (...): the next norm divides the token by its size.
+
+    Without it the few tokens with massive activations decide the fit, though the norm makes them as small as others.
+    """
+    return 1 / (total.square().mean(-1) + NORM_EPS)
+
+
 def _solve_group(job: Job, group: Group, moments: dict[LinearRef, Moments]) -> None:
     packed: dict[str, PackedTensors] = {}
     if not group.exempt and not moments[group.linears[0]].count:
         raise ArchitectureError(f"no calibration token reaches `{group.linears[0].name}`; name it in skip_modules")
-    try:
-        pool = _pool(moments)
-        hessians = {ref: _shrink(own, pool) for ref, own in moments.items()}
-    except NonFiniteError as error:
-        raise NonFiniteError(f"`{group.linears[0].name}`: {error}") from error
+    pool = _pool(moments)
     for ref in group.linears:
-        seen = ref if ref in moments else group.linears[0]
-        _solve_linear(job, group, ref, moments[seen], hessians[seen], packed)
+        seen = moments[ref if ref in moments else group.linears[0]]
+        try:
+            _solve_linear(job, group, ref, seen, pool, packed)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"`{ref.name}`: {error}") from error
     for name, module in packed.items():
         replace_module(job.model, name, module)
 
@@ -183,30 +194,33 @@ def _pool(moments: dict[LinearRef, Moments]) -> Tensor | None:
     return sum(m.hessian() * (m.count / total) for m in moments.values())
 
 
-def _shrink(own: Moments, pool: Tensor | None) -> Tensor:
+def _hessian(own: Moments, pool: Tensor | None, *, centered: bool) -> Tensor:
     """An expert that saw few tokens borrows the statistics of all: as many tokens' worth as its input is wide."""
     if pool is None:
-        return own.hessian()
+        return own.hessian(centered=centered)
     share = own.count / (own.count + pool.shape[0])
     return own.hessian() * share + pool * (1 - share)
 
 
 def _solve_linear(
-    job: Job, group: Group, ref: LinearRef, moments: Moments, hessian: Tensor, packed: dict[str, PackedTensors]
+    job: Job, group: Group, ref: LinearRef, moments: Moments, pool: Tensor | None, packed: dict[str, PackedTensors]
 ) -> None:
     config, method = job.config, METHODS.get(job.config.method)
     weight = get_weight(job.model, ref).float()
     strength = job.strength(group)
     spec = method.spec(config.bits, config.group_size, ref.out_features, ref.in_features)
+    centered = _takes_up_mean(job, ref)
+    hessian = _hessian(moments, pool, centered=centered)
+    damping = ridge(config.damping, ref.in_features, moments.count if pool is None else moments.count + len(pool))
     with job.timed("correct"):
         target = weight
         if strength > 0:
-            gap = moments.output_gap()
-            gap = weight @ moments.cross() if gap is None else gap
-            target = correct_output(weight, hessian, gap, strength=strength, damping=config.damping)
+            summed = moments.has_output_gap
+            gap = moments.output_gap(centered=centered) if summed else weight @ moments.cross(centered=centered)
+            target = correct_output(weight, hessian, gap, strength=strength, damping=damping)
     with job.timed("solve"):
         generator = torch.Generator().manual_seed(layer_seed(config.seed, ref))
-        parts = method.solve(LayerProblem(target, hessian, spec, config.damping, generator))
+        parts = method.solve(LayerProblem(target, hessian, spec, damping, generator))
     if ref.name not in packed:
         packed[ref.name] = packed_like(job.model, ref.name, spec)
     module = packed[ref.name]
@@ -233,6 +247,11 @@ def _solve_linear(
     )
 
 
+def _takes_up_mean(job: Job, ref: LinearRef) -> bool:
+    """Whether the bias of a linear will take up the mean error of its output, so that only the rest is to be solved."""
+    return job.config.bias_correction and ref.expert is None and get_bias(job.model, ref) is not None
+
+
 def _set_bias(
     job: Job, ref: LinearRef, module: Any, weight: Tensor, shipped: Tensor, moments: Moments, *, corrected: bool
 ) -> None:
@@ -241,11 +260,11 @@ def _set_bias(
     if bias is None:
         return
     new = bias.float()
-    if job.config.bias_correction:
+    if _takes_up_mean(job, ref):
         mean = moments.mean_quantized()
         new = new + (weight - shipped) @ mean
         if corrected:
-            summed = moments.output_gap() is not None
+            summed = moments.has_output_gap
             new = new + (moments.mean_gap() if summed else weight @ (moments.mean_float() - mean))
     module.bias.data.copy_(new)
 

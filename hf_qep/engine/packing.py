@@ -135,9 +135,9 @@ def _spans(text: str, width: int) -> list[tuple[int, int]]:
     for part in range(1, parts):
         at = part * len(text) // parts
         blank = re.compile(r"\s").search(text, at, at + WORD_SEARCH)
-        if blank or at + WORD_SEARCH < len(text):
-            at = blank.start() if blank else at
-        else:
+        if blank:
+            at = blank.start()
+        elif at + WORD_SEARCH >= len(text):
             at = len(text)  # inside the last word
         if borders[-1] < at < len(text):
             borders.append(at)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_qep.algorithms.moments import Moments, cholesky_damped, damped
+from hf_qep.algorithms.moments import Moments, cholesky_damped, damped, ridge
 from hf_qep.errors import IllConditionedError, NonFiniteError
 
 
@@ -29,6 +29,50 @@ def test_moments_are_the_direct_means_however_the_tokens_are_batched(cuts):
     torch.testing.assert_close(moments.cross().double(), (f - q).T @ q / 60, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(moments.mean_quantized().double(), q.mean(0), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(moments.mean_float().double(), f.mean(0), rtol=1e-6, atol=1e-7)
+
+
+@settings(max_examples=25, deadline=None)
+@given(cut=st.integers(1, 59), seed=st.integers(0, 9))
+def test_a_token_of_weight_two_counts_like_two_tokens(cut, seed):
+    xq, xf = streams()
+    gap = (xf - xq)[:, :3]
+    times = torch.randint(1, 4, (60,), generator=torch.Generator().manual_seed(seed))
+    weighted, repeated = Moments(7, cross=True, outputs=3), Moments(7, cross=True, outputs=3)
+    for rows in (slice(0, cut), slice(cut, 60)):
+        weighted.update(xq[rows], xf[rows], gap[rows], token_weight=times[rows].float() * 5)
+        again = [t[rows].repeat_interleave(times[rows], 0) for t in (xq, xf, gap)]
+        repeated.update(*again)
+    assert weighted.count == 60
+    for name in ("hessian", "cross", "output_gap", "mean_quantized", "mean_float", "mean_gap"):
+        one, other = getattr(weighted, name)(), getattr(repeated, name)()
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_centred_moments_give_the_regression_with_an_intercept():
+    xq, xf = streams()
+    weight = torch.randn(4, 7, generator=torch.Generator().manual_seed(5))
+    wanted = xf @ weight.T
+    moments = Moments(7, cross=True, outputs=4)
+    moments.update(xq, xf, wanted - xq @ weight.T)
+    design = torch.cat([xq, torch.ones(60, 1)], 1).double()
+    best = torch.linalg.lstsq(design, wanted.double()).solution[:7].T
+    H = moments.hessian(centered=True).double()
+    for gap in (moments.output_gap(centered=True), weight @ moments.cross(centered=True)):
+        found = weight.double() + torch.linalg.solve(H, gap.double().T).T
+        torch.testing.assert_close(found, best, rtol=1e-2, atol=1e-3)
+
+
+def test_the_ridge_fades_as_tokens_come():
+    ridges = [ridge(0.03, 64, tokens) for tokens in (0, 1, 64, 640, 64_000_000)]
+    assert ridges == sorted(ridges, reverse=True)
+    assert ridges[-1] == pytest.approx(0.03, rel=1e-3) and ridges[2] > 1
+
+
+def test_a_moment_that_was_not_kept_is_refused():
+    with pytest.raises(ValueError, match="outputs"):
+        Moments(2).output_gap()
+    with pytest.raises(ValueError, match="cross=True"):
+        Moments(2).cross()
 
 
 def test_half_precision_tokens_are_summed_in_float32():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -10,6 +12,10 @@ from hf_qep.algorithms.qep import correct_output, correct_target
 from hf_qep.architectures.access import get_weight
 from hf_qep.architectures.observe import LinearObserver
 from hf_qep.architectures.structure import describe
+from hf_qep.config import QepConfig
+from hf_qep.engine import block
+from hf_qep.engine.calibration import load_calibration
+from hf_qep.engine.job import quantize_model
 from tests.tiny_models import build_batch, build_model
 
 WRITERS = {
@@ -23,7 +29,7 @@ WRITERS = {
 
 def sums_of(model, batch):
     structure = describe(model, batch)
-    refs = [ref for block in structure.blocks for group in block.groups for ref in group.linears if ref.expert is None]
+    refs = [ref for part in structure.blocks for group in part.groups for ref in group.linears if ref.expert is None]
     found = {}
     with torch.no_grad(), LinearObserver({r: get_weight(model, r) for r in refs}, lambda r, x: None, found.__setitem__):
         model(**batch)
@@ -36,8 +42,8 @@ def test_every_linear_that_writes_to_the_residual_stream_is_seen_in_a_sum(family
     structure, found = sums_of(model, build_batch(family))
     width = model.config.get_text_config().hidden_size
     writers = {ref.name for ref, total in found.items() if total.shape[-1] == width}
-    for block in structure.blocks:
-        last = block.groups[-1].linears[0]
+    for part in structure.blocks:
+        last = part.groups[-1].linears[0]
         assert last.name in writers
     assert {name.rpartition(".")[2] for name in writers} == WRITERS[family]
 
@@ -76,3 +82,47 @@ def test_the_corrected_weight_is_the_regression_of_the_wanted_sum():
 def test_a_missing_gap_is_refused():
     with pytest.raises(ValueError, match="gap"):
         Moments(4, outputs=2).update(torch.zeros(3, 4))
+
+
+def calibration(vocabulary):
+    ids = torch.randint(3, vocabulary, (16, 32), generator=torch.Generator().manual_seed(1))
+    return load_calibration(ids, None, num_samples=16, seq_len=32, seed=0)
+
+
+def quantized_logits(model, data, **options):
+    quantize_model(model, QepConfig(batch_size=8, **options), data)
+    with torch.no_grad():
+        return model(input_ids=data.inputs["input_ids"]).logits
+
+
+def shifted(model, by):
+    """The same function with another mean at the inputs of the feed-forward layers: their biases take it back."""
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.ln_2.bias += by
+            block.mlp.c_fc.bias -= by * block.mlp.c_fc.weight.sum(0)
+    return model
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_where_a_bias_takes_up_the_mean_the_mean_of_the_input_does_not_matter(method):
+    model = build_model("gpt2")
+    data = calibration(model.config.vocab_size)
+    moved = shifted(copy.deepcopy(model), by=3.0)
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        ids = data.inputs["input_ids"]
+        torch.testing.assert_close(moved(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-4)
+    one, other = quantized_logits(plain, data, method=method), quantized_logits(moved, data, method=method)
+    spread = (one - one.mean()).square().mean()
+    assert (one - other).square().mean() < 0.02 * spread
+
+
+def test_the_size_of_a_token_in_the_residual_stream_does_not_decide_how_much_it_counts():
+    total = torch.randn(2, 5, 16)
+    error = 0.1 * torch.randn(2, 5, 16)
+    size = torch.tensor([1.0, 1000.0, 0.01, 7.0, 50.0]).view(1, 5, 1)
+    weight = block._norm_weight(total * size)
+    weighed = (error * size).square().mean(-1) * weight
+    torch.testing.assert_close(weighed, error.square().mean(-1) / total.square().mean(-1), rtol=2e-2, atol=0)
+    assert torch.isfinite(block._norm_weight(torch.zeros(1, 16))).all()
