@@ -65,3 +65,19 @@ class NotMergeableError(QepError, RuntimeError):
 
 class ExtraMissingError(QepError, ImportError):
     """A feature needs an optional package that is not installed."""
+
+
+class CardError(QepError, ValueError):
+    """A model card cannot be made: a measurement is missing, or does not belong to these weights."""
+
+
+class PublishError(QepError, ValueError):
+    """A push or a check of a published repository is refused or incomplete; the message says what is missing."""
+
+
+class UnsafeContentError(PublishError):
+    """A file must not be published: a secret, a link out of the folder, code, or a name that is not allowed."""
+
+
+class SpaceError(QepError, RuntimeError):
+    """A Space cannot be made, run or deployed."""

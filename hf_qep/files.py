@@ -34,6 +34,18 @@ def safe_join(root: Path, name: str) -> Path:
     return path
 
 
+def bundled(name: str) -> Path:
+    """Folder of data that comes with the package: "model_cards" or "spaces"; in a checkout it lies beside the package.
+
+    Raises CheckpointError if the installation lacks it.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "bundled" / name, package.parent / name):
+        if folder.is_dir():
+            return folder
+    raise CheckpointError(f"this installation of hf_qep has no folder {name!r}; install the package again")
+
+
 @contextmanager
 def write_aside(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling of the folder `final`, renamed to it when the body ends without an error.

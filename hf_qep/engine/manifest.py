@@ -25,6 +25,7 @@ _RECIPE = [
     "method",
     "group_size",
     "propagation",
+    "residual",
     "damping",
     "num_samples",
     "seq_len",

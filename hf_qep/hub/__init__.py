@@ -1,0 +1,1 @@
+"""From a measured checkpoint to the Hub: card, push, check, Space."""
