@@ -117,8 +117,8 @@ def evaluate_checkpoint(job: Job, texts: list[str], source: str, tasks: list[Any
     from hf_qep.evaluation.pair import evaluate_pair
 
     folder = resolve_model(job.subject)
-    name = job.baseline or manifest_baseline(folder)
-    baseline_folder = resolve_baseline(name, given=job.baseline is not None)
+    name, revision = (job.baseline, None) if job.baseline else manifest_baseline(folder)
+    baseline_folder = resolve_baseline(name, revision, given=job.baseline is not None)
     place, stored_as = to_device(job.device), to_dtype(job.dtype)
     float_model, tokenizer = load_float_model(baseline_folder, stored_as or "auto")
     return evaluate_pair(
@@ -138,21 +138,22 @@ def evaluate_checkpoint(job: Job, texts: list[str], source: str, tasks: list[Any
     )
 
 
-def manifest_baseline(folder: Path) -> str:
-    """`base_model` of the checkpoint's manifest. Raises ConfigError if there is none."""
+def manifest_baseline(folder: Path) -> tuple[str, str | None]:
+    """`base_model` and `revision` of the checkpoint's manifest. Raises ConfigError if there is none."""
     if (folder / MANIFEST).is_file():
-        name = read_json(folder / MANIFEST).get("base_model")
+        manifest = read_json(folder / MANIFEST)
+        name, revision = manifest.get("base_model"), manifest.get("revision")
         if isinstance(name, str) and name:
-            return name
+            return name, revision if isinstance(revision, str) else None
     raise ConfigError(f"{folder.name!r} does not say which model it was made from; give it with --baseline MODEL")
 
 
-def resolve_baseline(name: str, *, given: bool) -> Path:
-    """Folder of the float model. The manifest knows no folders, only their names: the error says what to do then."""
+def resolve_baseline(name: str, revision: str | None, *, given: bool) -> Path:
+    """Folder of the float model, at the commit it was quantised from. The manifest knows no folders, only their names: the error says what to do then."""
     from hf_qep.engine.source import resolve_model
 
     try:
-        return resolve_model(name)
+        return resolve_model(name, revision)
     except CheckpointError as error:
         if given:
             raise

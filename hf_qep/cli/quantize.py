@@ -27,6 +27,7 @@ BITS_HELP = "Bits per weight: 1.0; with `factored` 0.3 to 2.5, scales included."
 def quantize_command(
     model: Annotated[str, typer.Argument(help="Hub id or folder of the float model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the quantised checkpoint.")],
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub model.")] = None,
     bits: Annotated[float, typer.Option(help=BITS_HELP)] = 1.0,
     method: Annotated[str, typer.Option(help="Solver: sign, onebit, gptq, rtn or factored.")] = "sign",
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale. Left out: the row.")] = None,
@@ -61,7 +62,7 @@ def quantize_command(
     config = QepConfig(
         bits=bits, method=method, group_size=group_size, dataset=dataset, skip_modules=skip, **rows, **solver
     )
-    folder = resolve_model(model)
+    folder = resolve_model(model, revision)
     float_model, tokenizer = load_float_model(folder)
     stored_as = float_model.dtype
     saved = quantize_and_save(
