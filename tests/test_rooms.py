@@ -46,7 +46,7 @@ MAY_IMPORT = {
 ANYTHING = {"__init__", "cli"}
 DOORS = {("evaluation", "hf_qep.engine.calibration"), ("evaluation", "hf_qep.engine.text_sources")}
 DOORS |= {("hub", f"hf_qep.engine.{name}") for name in ("headers", "manifest", "source")}
-DOORS |= {("engine", "hf_qep.remote_code.add_remote_code")}
+DOORS |= {(room, "hf_qep.remote_code.add_remote_code") for room in ("engine", "hub")}
 """Single modules that a room may import although they lie elsewhere: text is read in one way only, and the writer adds
 the loader files before it takes the checksums."""
 

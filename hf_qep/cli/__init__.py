@@ -1,7 +1,8 @@
 """The command `hf-qep`: a table of sub-commands, each imported when it is called or its help is shown.
 
 Exit codes: 0 done; 1 a defect of this program (with a traceback); 2 wrong usage, or a request that cannot be met (one
-sentence on standard error, or {"error": {"type", "message"}} on standard output with --json); 130 interrupted.
+sentence on standard error, or {"error": {"type", "message"}} on standard output with --json); 3 `verify` found that a
+checkpoint is not what it says; 130 interrupted.
 HF_QEP_DEBUG=1 shows the traceback of the errors that end in exit code 2 too.
 """
 
@@ -23,6 +24,11 @@ COMMANDS = {
     "eval": "hf_qep.cli.eval:eval_command",
     "compare": "hf_qep.cli.compare:compare_command",
     "demo": "hf_qep.cli.demo:demo_command",
+    "push": "hf_qep.cli.push:push_command",
+    "verify": "hf_qep.cli.verify:verify_command",
+    "env": "hf_qep.cli.env:env_command",
+    "register": "hf_qep.cli.register:register_command",
+    "unregister": "hf_qep.cli.register:unregister_command",
 }
 """What the user types -> where it is. These modules import nothing heavy at their top."""
 

@@ -1,0 +1,59 @@
+"""Which files of a checkpoint may be published: a list of names, not a list of exceptions."""
+
+from __future__ import annotations
+
+import re
+import stat
+from pathlib import Path
+
+from hf_qep.engine.headers import INDEX_FILE, MANIFEST
+
+LOADER = "modeling_qep.py"
+"""The only Python file that is published, and only byte for byte as this package writes it."""
+
+_ALLOWED = {
+    "weights": r"model(-\d{5}-of-\d{5})?\.safetensors",
+    "index": re.escape(INDEX_FILE),
+    "manifest": re.escape(MANIFEST),
+    "record": r"hf_qep_(eval|samples)\.json",
+    "card": r"README\.md",
+    "licence": r"(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.(md|txt))?",
+    "config": r"(config|generation_config|(image_|video_|audio_)?(pre)?processor_config)\.json",
+    "tokenizer": r"(tokenizer_config|special_tokens_map|chat_template)\.json"
+    r"|(additional_chat_templates/\w[\w.-]*|chat_template)\.jinja",
+    "vocabulary": r"(tokenizer|vocab|added_tokens)\.json|(vocab|merges)\.txt"
+    r"|(tokenizer|spiece|sentencepiece|sentencepiece\.bpe)\.model",
+    "loader": re.escape(LOADER),
+    "plot": r"((plots|images|assets|figures|media)/)?\w[\w-]*\.(png|svg)",
+    "result": r"\.eval_results/\w[\w.-]*\.ya?ml",
+}
+"""Kind -> regular expression of the whole relative name."""
+
+MADE_LATER = {"card", "record", "licence", "plot", "result", "manifest"}
+"""Kinds that the manifest does not list: they are made from the checkpoint, or beside it, after it was written."""
+REQUIRED = ("config.json", MANIFEST, "README.md")
+
+
+def kind_of(name: str) -> str | None:
+    """Kind of an allowed file by its name relative to the checkpoint, None for any other name."""
+    return next((kind for kind, pattern in _ALLOWED.items() if re.fullmatch(pattern, name, re.ASCII)), None)
+
+
+def list_files(folder: Path) -> tuple[list[str], list[str]]:
+    """(names of the allowed files, what is wrong with all others), links and devices never being followed."""
+    names, problems = [], []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            problems.append(f"{name!r} is a link; replace it by a copy of the file if you mean to publish that")
+        elif stat.S_ISDIR(mode):
+            continue
+        elif not stat.S_ISREG(mode):
+            problems.append(f"{name!r} is no regular file; remove it")
+        elif kind_of(name) is None:
+            why = " (code is never published)" if path.suffix in (".py", ".sh", ".bat", ".so", ".ps1") else ""
+            problems.append(f"{name!r} is not on the list of files that belong to a checkpoint{why}; move it away")
+        else:
+            names.append(name)
+    return names, problems

@@ -1,0 +1,250 @@
+"""Everything about a folder that is checked before a byte of it leaves this machine.
+
+Problems block a push, warnings do not; all are collected, so that one run names all of them. An unsafe problem is a
+secret, a link, code or a file that is not on the list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_qep.engine.headers import INDEX_FILE, MANIFEST, SINGLE_FILE, read_headers, read_json
+from hf_qep.errors import QepError
+from hf_qep.files import canonical_json, sha256
+from hf_qep.hub import secrets
+from hf_qep.hub.allowed import LOADER, MADE_LATER, REQUIRED, kind_of, list_files
+from hf_qep.progress import SILENT, Progress
+
+RECORD = "hf_qep_eval.json"
+CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate")
+"""Keys with which a config makes a reader run code of the repository."""
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """One file to publish. path: relative name."""
+
+    path: str
+    size: int
+    sha256: str
+
+    @property
+    def is_weights(self) -> bool:
+        """Whether the file holds tensors."""
+        return kind_of(self.path) == "weights"
+
+
+@dataclass
+class FolderReport:
+    """What was found in a folder. unsafe: problems that could hurt somebody, a part of `problems`."""
+
+    folder: Path
+    files: list[LocalFile] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unsafe: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    card: str = ""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(file.size for file in self.files if file.is_weights)
+
+    def refuse(self, *sentences: str) -> None:
+        """Note unsafe problems."""
+        self.unsafe += sentences
+        self.problems += sentences
+
+
+def check_folder(folder: Path, *, progress: Progress = SILENT) -> FolderReport:
+    """Files, headers, checksums, config, secrets, record and card of `folder`; nothing is raised for what is wrong."""
+    report = FolderReport(folder)
+    if not folder.is_dir():
+        report.problems.append(f"{folder.name!r} is not a folder; give the folder that hf-qep quantize wrote")
+        return report
+    if folder.is_symlink():
+        report.refuse(f"{folder.name!r} is a link; give the folder itself")
+    names, stray = list_files(folder)
+    report.refuse(*stray)
+    report.problems += [f"{name!r} is missing; {_remedy(name)}" for name in REQUIRED if name not in names]
+    if report.unsafe:
+        # A name that is not known, or a link, may be anything: nothing is opened before the list is clean.
+        return report
+    tokens = secrets.own_tokens()
+    with progress.bar("check files", len(names), "file") as bar:
+        for name in names:
+            path = folder / name
+            report.files.append(LocalFile(name, path.stat().st_size, sha256(path)))
+            report.refuse(*secrets.scan(path, name, tokens=tokens, places=kind_of(name) != "vocabulary"))
+            bar.advance(detail=name)
+    for check in (_check_weights, _check_manifest, _check_config, _check_record, _check_card):
+        try:
+            check(report)
+        except QepError as error:
+            report.problems.append(str(error))
+    return report
+
+
+def git_oid(data: bytes) -> str:
+    """Name git gives to the content of a file; the Hub reports it for files that are not large."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def config_problems(folder: Path, loader: bytes | None) -> list[str]:
+    """Keys of configs that would run code, a loader that is not ours, a checkpoint that is not of this package.
+
+    loader: content of the loader file, None if there is none.
+    """
+    config = read_json(folder / "config.json")
+    method = config.get("quantization_config")
+    problems = []
+    if not isinstance(method, dict) or method.get("quant_method") != "qep":
+        return ["'config.json' is not that of a checkpoint of hf_qep; make one with: hf-qep quantize"]
+    if loader is not None:
+        problems += _loader_problems(config, loader)
+    for path in sorted(folder.glob("*.json")):
+        if kind_of(path.name) in ("config", "tokenizer"):
+            main = path.name == "config.json"
+            problems += [
+                f"{path.name!r} has {where!r}, which makes a reader run code of the repository; remove it"
+                for where in _code_keys(config if main else read_json(path))
+                if not (main and loader is not None and where == "auto_map")
+            ]
+    return problems
+
+
+def check_disk(folder: Path, needed: int) -> str | None:
+    """A problem if the disk of `folder` (which need not exist yet) has less than `needed` bytes free."""
+    existing = folder.expanduser().absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free >= needed:
+        return None
+    return f"the Hub client needs {needed / 1e6:.0f} MB of disk for its cache, and {free / 1e6:.0f} MB are free"
+
+
+def record_problems(folder: Path, digests: dict[str, str]) -> list[str]:
+    """What is wrong with the evaluation record of a folder. digests: sha256 by file name, as recomputed."""
+    from hf_qep.evaluation.record import EvalRecord
+
+    try:
+        record = EvalRecord.read(folder / RECORD)
+    except QepError as error:
+        return [str(error)]
+    weights = {name: digest for name, digest in digests.items() if kind_of(name) == "weights"}
+    if record.subject.sha256 != weights:
+        return [f"{RECORD!r} was measured on other weights than these; run: hf-qep eval, then: hf-qep card"]
+    return []
+
+
+def _remedy(name: str) -> str:
+    return "run: hf-qep eval, then: hf-qep card" if name == "README.md" else "run: hf-qep quantize"
+
+
+def _check_weights(report: FolderReport) -> None:
+    """Headers and index through the reader for untrusted files; every shard must be used, and no other way to load."""
+    read_headers(report.folder)
+    shards = {file.path for file in report.files if file.is_weights}
+    index = report.folder / INDEX_FILE
+    if index.is_file() and SINGLE_FILE in shards:
+        report.problems.append(f"both {SINGLE_FILE!r} and {INDEX_FILE!r} are there; keep the one that belongs")
+    elif index.is_file():
+        unused = shards - set(read_json(index)["weight_map"].values())
+        report.problems += [f"{INDEX_FILE!r} does not use {name!r}; remove it" for name in sorted(unused)]
+    elif shards != {SINGLE_FILE}:
+        report.problems.append(f"shards beside {SINGLE_FILE!r} belong to nothing: {sorted(shards - {SINGLE_FILE})}")
+
+
+def _check_manifest(report: FolderReport) -> None:
+    """Recomputed checksums against those that were written with the files."""
+    report.manifest = read_json(report.folder / MANIFEST)
+    report.problems += manifest_problems(
+        report.manifest, {file.path: (file.sha256, file.size) for file in report.files}
+    )
+
+
+def manifest_problems(manifest: dict[str, Any], found: dict[str, tuple[str, int]]) -> list[str]:
+    """Differences between `files` of a manifest and the (sha256, size) found, by name."""
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
+        return [f"{MANIFEST!r} lists no files; run: hf-qep quantize"]
+    problems = []
+    for name, entry in sorted(listed.items()):
+        if kind_of(name) in MADE_LATER:
+            continue
+        if name not in found:
+            problems.append(f"{name!r} is missing, and {MANIFEST!r} lists it")
+        elif found[name] != (entry.get("sha256"), entry.get("size")):
+            digest, size = found[name]
+            problems.append(
+                f"{name!r} has {size} bytes and sha256 {digest[:12]}..., but {MANIFEST!r} says {entry.get('size')} and "
+                f"{str(entry.get('sha256'))[:12]}...; it was changed after it was made"
+            )
+    problems += [
+        f"{name!r} is not listed in {MANIFEST!r}; it does not belong to this checkpoint"
+        for name in sorted(found)
+        if name not in listed and kind_of(name) not in MADE_LATER
+    ]
+    return problems
+
+
+def _check_config(report: FolderReport) -> None:
+    loader = report.folder / LOADER
+    report.refuse(*config_problems(report.folder, loader.read_bytes() if loader.is_file() else None))
+
+
+def _check_record(report: FolderReport) -> None:
+    report.problems += record_problems(report.folder, {file.path: file.sha256 for file in report.files})
+
+
+def _check_card(report: FolderReport) -> None:
+    from hf_qep.hub.card import card_problems
+
+    path = report.folder / "README.md"
+    if path.is_file():
+        report.card = path.read_text(encoding="utf-8", errors="replace")
+        report.problems += [f"the card: {sentence}" for sentence in card_problems(report.card)]
+
+
+def _code_keys(value: Any, where: str = "") -> list[str]:
+    """Dotted names of the keys in a json value that lead to code: the known ones, internal ones, kernels of the Hub."""
+    found: list[str] = []
+    if isinstance(value, list):
+        return [name for item in value for name in _code_keys(item, where)]
+    if not isinstance(value, dict):
+        return found
+    for key, item in value.items():
+        name = f"{where}{key}"
+        remote = "implementation" in key and isinstance(item, str) and "/" in item
+        if (key in CODE_KEYS and item) or (key.startswith("_") and key.endswith("_internal")) or remote:
+            found.append(name)
+        found += _code_keys(item, f"{name}.")
+    return found
+
+
+def _loader_problems(config: dict[str, Any], loader: bytes) -> list[str]:
+    """The loader file must be what this package would write for this config, and no other code may be named."""
+    own, auto_map = loader_for(config)
+    if loader != own:
+        return [f"{LOADER!r} is not the file that hf_qep writes; code is never published, remove it"]
+    if canonical_json(config.get("auto_map")) != canonical_json(auto_map):
+        return ["'auto_map' of 'config.json' is not what hf_qep writes; remove it and the loader file"]
+    return []
+
+
+def loader_for(config: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
+    """The loader file of this package for a config, and the `auto_map` that goes with it."""
+    from hf_qep.remote_code import add_remote_code
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "config.json").write_text(canonical_json(config | {"auto_map": {}}), encoding="utf-8")
+        written = add_remote_code(folder).read_bytes()
+        return written, read_json(folder / "config.json")["auto_map"]

@@ -1,0 +1,335 @@
+"""What a push would do, decided before anything is changed: target, files, who may see them, what forbids it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_qep.errors import QepError
+from hf_qep.files import canonical_json
+from hf_qep.hub import secrets
+from hf_qep.hub.allowed import kind_of
+from hf_qep.hub.preflight import FolderReport, LocalFile, check_disk, check_folder, git_oid
+from hf_qep.hub.remote import Account, Gate, HubRefusal, Remote, RemoteFile, RepoState
+from hf_qep.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from hf_qep.hub.base import BaseFacts
+    from hf_qep.hub.licences import LicenceDecision
+
+GATES = ("auto", "manual", "none")
+SPARE_DISK = 64 << 20
+"""Bytes the client may write for itself, besides a hundredth of the weights (chunks of the upload)."""
+MAX_PULL_REQUESTS = 10
+"""How many of the newest pull requests are looked at before another one is opened."""
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """What the user asked for."""
+
+    public: bool = False
+    gated: str | None = None
+    """one of GATES; None: as the licence and the original demand"""
+    accept_license: bool = False
+    revision: str = "main"
+    create_pr: bool = False
+    commit_message: str | None = None
+    overwrite: bool = False
+    """replace a repository that holds another model"""
+
+
+@dataclass
+class PushPlan:
+    """A push that was checked. `problems` forbid it, `warnings` do not; `unsafe` is a part of `problems`."""
+
+    folder: Path
+    repo_id: str
+    endpoint: str
+    options: PushOptions
+    message: str
+    files: list[LocalFile] = field(default_factory=list)
+    actions: dict[str, str] = field(default_factory=dict)
+    """name -> "add", "replace", "keep" (the Hub has it) or "delete" (a file of an older push)"""
+    kept: list[str] = field(default_factory=list)
+    """files on the Hub that are none of ours and stay"""
+    state: RepoState | None = None
+    gate: Gate = None
+    licence: str | None = None
+    decision: str = ""
+    problems: list[str] = field(default_factory=list)
+    unsafe: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def visibility(self) -> str:
+        """Who will see it: "public" or "private"; a pull request is as visible as its repository."""
+        return "public" if self.shown_to_all else "private"
+
+    @property
+    def shown_to_all(self) -> bool:
+        """Whether everybody will be able to see what is pushed."""
+        return self.options.public or (self.state is not None and not self.state.private)
+
+    @property
+    def sends(self) -> list[LocalFile]:
+        """Files the Hub does not have at this revision."""
+        return [file for file in self.files if self.actions.get(file.path) != "keep"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "endpoint": self.endpoint,
+            "repo_id": self.repo_id,
+            "repo_exists": self.state is not None,
+            "visibility": self.visibility,
+            "revision": self.options.revision,
+            "create_pr": self.options.create_pr,
+            "commit_message": self.message,
+            "gate": self.gate or "none",
+            "licence": self.licence,
+            "licence_decision": self.decision,
+            "files": [
+                {"path": f.path, "size": f.size, "sha256": f.sha256, "action": self.actions.get(f.path, "add")}
+                for f in self.files
+            ],
+            "delete": sorted(name for name, action in self.actions.items() if action == "delete"),
+            "left_alone": self.kept,
+            "problems": self.problems,
+            "warnings": self.warnings,
+        }
+
+
+def plan_push(
+    folder: str | Path,
+    repo_id: str,
+    options: PushOptions | None = None,
+    *,
+    remote: Remote | None = None,
+    progress: Progress = SILENT,
+) -> PushPlan:
+    """Check folder, account, repository, licence and card; nothing on the Hub is changed and nothing is raised for
+    what is wrong: it stands in `problems`."""
+    folder, options = Path(folder), options or PushOptions()
+    remote = remote or Remote()
+    report = check_folder(folder, progress=progress)
+    plan = PushPlan(folder, repo_id, remote.endpoint, options, "", report.files)
+    plan.problems, plan.unsafe, plan.warnings = report.problems, report.unsafe, report.warnings
+    plan.message = options.commit_message or f"Upload {folder.resolve().name}: 1-bit weights, card and record"
+    _check_words(plan)
+    _check_disk(plan, report)
+    try:
+        _check_account(plan, remote)
+        plan.state = remote.repo(plan.repo_id, options.revision)
+        _check_target(plan)
+        _compare(plan, remote)
+        base = _base_facts(plan, report, remote)
+        if report.card and (complaint := remote.validate_card(report.card)):
+            plan.problems.append(f"the Hub refuses the card: {complaint}; run: hf-qep card")
+    except HubRefusal as error:
+        plan.problems.append(str(error))
+        base = None
+    _decide(plan, report, base)
+    return plan
+
+
+def differences(files: list[LocalFile], folder: Path, there: dict[str, RemoteFile]) -> dict[str, str]:
+    """Name -> what the Hub lacks or has otherwise, for each file that is not the same there."""
+    found = {}
+    for file in files:
+        other = there.get(file.path)
+        if other is None:
+            found[file.path] = "is missing"
+        elif other.size != file.size:
+            found[file.path] = f"has {other.size} bytes instead of {file.size}"
+        elif other.sha256 is not None and other.sha256 != file.sha256:
+            found[file.path] = f"has sha256 {other.sha256} instead of {file.sha256}"
+        elif other.sha256 is None and other.oid != git_oid((folder / file.path).read_bytes()):
+            found[file.path] = "has other content of the same size"
+    return found
+
+
+def stale_files(files: list[LocalFile], there: dict[str, RemoteFile]) -> list[str]:
+    """Files on the Hub that an older push left: a reader could take them for a part of this one."""
+    ours = {file.path for file in files}
+    return sorted(name for name in there if name not in ours and kind_of(name) not in (None, "licence"))
+
+
+def _check_words(plan: PushPlan) -> None:
+    """Names and options that can never work, and secrets in what becomes public besides the files."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    options = plan.options
+    try:
+        validate_repo_id(plan.repo_id)
+    except HFValidationError as error:
+        plan.problems.append(f"{plan.repo_id!r} is no name for a repository: {error}")
+    if options.gated not in (None, *GATES):
+        plan.problems.append(f"--gated {options.gated!r} is not known; use auto, manual or none")
+    if not re.fullmatch(r"[A-Za-z0-9][\w./-]*", options.revision) or ".." in options.revision:
+        plan.problems.append(f"--revision {options.revision!r} is no name of a branch")
+    elif re.fullmatch(r"[0-9a-f]{40}", options.revision):
+        plan.problems.append("--revision is a commit; give the name of a branch")
+    if options.create_pr and options.revision != "main":
+        plan.problems.append("--create-pr opens a pull request against main; leave out --revision")
+    if options.create_pr and (options.public or options.gated):
+        plan.problems.append("--create-pr leaves the settings of the repository alone; leave out --public and --gated")
+    found = secrets.scan_text(plan.message, "the commit message", tokens=secrets.own_tokens())
+    plan.problems += found
+    plan.unsafe += found
+
+
+def _check_disk(plan: PushPlan, report: FolderReport) -> None:
+    from huggingface_hub import constants
+
+    problem = check_disk(Path(constants.HF_HOME), SPARE_DISK + report.weight_bytes // 100)
+    if problem:
+        plan.problems.append(problem)
+
+
+def _check_account(plan: PushPlan, remote: Remote) -> None:
+    """Whose token it is, and whether it may write; a name without an owner gets the account's."""
+    if not secrets.own_tokens() and not remote.api.token:
+        raise HubRefusal("you are not logged in; run: hf auth login, or set HF_TOKEN", 401)
+    account: Account = remote.account()
+    if "/" not in plan.repo_id:
+        plan.repo_id = f"{account.name}/{plan.repo_id}"
+    if plan.options.create_pr:
+        return  # a pull request needs no right to write
+    owner = plan.repo_id.partition("/")[0]
+    if owner not in account.namespaces:
+        known = ", ".join(account.namespaces)
+        plan.problems.append(f"{account.name!r} may not write to {owner!r}, only to: {known}")
+    elif account.can_write(plan.repo_id) is False:
+        plan.problems.append(f"the token may not write to {plan.repo_id}; use one with write access: hf auth login")
+    elif account.can_write(plan.repo_id) is None:
+        plan.warnings.append("the Hub does not say what the token may do; the push itself will show it")
+
+
+def _check_target(plan: PushPlan) -> None:
+    """What the state of the repository forbids."""
+    options, state = plan.options, plan.state
+    if state is None and options.create_pr:
+        plan.problems.append(f"{plan.repo_id} does not exist, so there is nothing to open a pull request against")
+    if state is not None and not state.private and not options.public and not options.create_pr:
+        plan.problems.append(
+            f"{plan.repo_id} is public, so everybody would see this push; pass --public, or make it private first"
+        )
+
+
+def _compare(plan: PushPlan, remote: Remote) -> None:
+    """What is to be added, replaced, kept and deleted at the revision."""
+    state, revision = plan.state, plan.options.revision
+    if not plan.files:
+        return
+    # A branch that is not there yet will start as main.
+    at = None if state is None else state.head or "main"
+    there = remote.files(plan.repo_id, at) if at else {}
+    different = differences(plan.files, plan.folder, there)
+    for file in plan.files:
+        action = "keep" if file.path not in different else "replace" if file.path in there else "add"
+        plan.actions[file.path] = action
+    stale = stale_files(plan.files, there)
+    plan.actions |= dict.fromkeys(stale, "delete")
+    plan.kept = sorted(set(there) - set(plan.actions))
+    weights = [name for name in there if re.search(r"\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)$", name)]
+    if weights and "hf_qep_manifest.json" not in there and not plan.options.overwrite:
+        plan.problems.append(
+            f"{plan.repo_id} holds a model that hf_qep did not push ({weights[0]!r}, revision {revision}); choose "
+            "another name, or pass --overwrite to replace it"
+        )
+    code = [name for name in plan.kept if name.endswith(".py")]
+    foreign = [name for name in plan.kept if name in weights]
+    plan.warnings += [f"{name!r} on the Hub is code that this push leaves there" for name in code]
+    plan.warnings += [f"{name!r} on the Hub holds other weights that this push leaves there" for name in foreign]
+
+
+def _base_facts(plan: PushPlan, report: FolderReport, remote: Remote) -> BaseFacts | None:
+    """Facts of the original on the Hub. A name that cannot be found there is a warning: the original may be private."""
+    from hf_qep.hub.base import BaseFacts
+
+    name, revision = report.manifest.get("base_model"), report.manifest.get("revision")
+    named = _card_base(report.card)
+    if named and isinstance(name, str) and "/" in name and name not in named:
+        plan.problems.append(f"the card names the original {named[0]!r}, the manifest {name!r}; run: hf-qep card")
+    ids = [x for x in (*named, name) if isinstance(x, str) and x.count("/") == 1]
+    if not ids:
+        plan.warnings.append("no original is named by its Hub id, so the Hub will show none; name it with: hf-qep card")
+        return None
+    try:
+        at = revision if isinstance(revision, str) and ids[0] == name else None
+        return remote.call(f"look at the original {ids[0]}", lambda: BaseFacts.from_hub(remote.api, ids[0], at))
+    except QepError as error:
+        plan.warnings.append(
+            f"the original {ids[0]} could not be looked up ({error}); its name and licence are unchecked"
+        )
+        return None
+
+
+def _decide(plan: PushPlan, report: FolderReport, base: BaseFacts | None) -> None:
+    """Licence and gate. Of several licences that are named, each must allow it."""
+    from hf_qep.hub.licences import decide
+
+    card = _card_licence(report.card)
+    named = {"card": card, "manifest": report.manifest.get("licence"), "original": base.licence if base else None}
+    found = {where: licence for where, licence in named.items() if isinstance(licence, str) and licence}
+    plan.licence = card or next(iter(found.values()), None)
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{where} {licence!r}" for where, licence in found.items())
+        sentence = f"the licences differ: {said}; run: hf-qep card"
+        (plan.problems if plan.shown_to_all else plan.warnings).append(sentence)
+    decisions: list[LicenceDecision] = [decide(licence) for licence in dict.fromkeys(found.values())] or [decide(None)]
+    strict = [d for d in decisions if not d.publish_public or d.needs_acknowledgement] or decisions
+    plan.decision = "; ".join(dict.fromkeys(d.reason for d in strict))
+    demanded = any(d.gate for d in decisions)
+    plan.gate = _gate(plan, base, demanded)
+    if not plan.shown_to_all:
+        return
+    if not all(d.publish_public or d.needs_acknowledgement for d in decisions):
+        plan.problems.append(f"this may not be published: {plan.decision}")
+    if any(d.needs_acknowledgement for d in decisions) and not plan.options.accept_license:
+        plan.problems.append(f"{plan.decision}; read the licence and pass --accept-license")
+    if demanded and plan.gate is None:
+        plan.problems.append(f"{plan.decision}; it must stand behind a gate, pass --gated auto or --gated manual")
+    if plan.options.create_pr and plan.state is not None and plan.gate != plan.state.gated:
+        plan.problems.append("a pull request cannot set the gate that this model needs; push to a repository of yours")
+
+
+def _gate(plan: PushPlan, base: BaseFacts | None, demanded: bool) -> Gate:
+    """The user's word; else what is set already; else what the original has; else what the licence demands."""
+    word = plan.options.gated
+    if word in ("auto", "manual"):
+        return "auto" if word == "auto" else "manual"
+    if word == "none":
+        return None
+    if plan.state is not None and plan.state.gated:
+        return plan.state.gated
+    if not plan.shown_to_all:
+        return None  # who may see a private repository is settled
+    inherited = base.gated if base else None
+    if inherited:
+        return "manual" if inherited == "manual" else "auto"
+    return "auto" if demanded else None
+
+
+def _metadata(card: str) -> dict[str, Any]:
+    """YAML of a card; empty if it has none that can be read, which the lint of the card reports."""
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # a yaml error, or a value of a kind that the class does not take
+        return {}
+
+
+def _card_licence(card: str) -> str | None:
+    licence = _metadata(card).get("license")
+    return licence if isinstance(licence, str) or licence is None else canonical_json(licence)
+
+
+def _card_base(card: str) -> list[str]:
+    base = _metadata(card).get("base_model")
+    return [base] if isinstance(base, str) else [str(x) for x in base] if isinstance(base, list) else []

@@ -1,0 +1,173 @@
+"""Check a checkpoint, on the Hub or in a folder, against what it says of itself: bytes, loading, measurements.
+
+What cannot be checked is said, never passed over. Nothing of the checkpoint is run: Python files are compared by their
+digests and not downloaded, and the model is loaded by transformers' own classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_qep.engine.headers import MANIFEST, read_headers, read_json
+from hf_qep.errors import CheckpointError, QepError
+from hf_qep.files import sha256
+from hf_qep.hub.allowed import LOADER, REQUIRED, kind_of, list_files
+from hf_qep.hub.preflight import (
+    RECORD,
+    LocalFile,
+    config_problems,
+    git_oid,
+    loader_for,
+    manifest_problems,
+    record_problems,
+)
+from hf_qep.hub.push_plan import differences
+from hf_qep.hub.remeasure import FindText, Measured, SampleOptions, remeasure
+from hf_qep.hub.remote import Remote, RemoteFile
+
+_IGNORED = (".gitattributes",)
+"""Files the Hub makes itself."""
+
+
+@dataclass
+class VerifyReport:
+    """What was compared. differs is empty if everything that could be checked agrees."""
+
+    target: str
+    commit: str | None = None
+    agrees: list[str] = field(default_factory=list)
+    differs: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "target": self.target,
+            "commit": self.commit,
+            "ok": not self.differs,
+            "agrees": self.agrees,
+            "differs": self.differs,
+            "not_checked": self.unchecked,
+            "measured": [m.to_dict() for m in self.measured],
+        }
+
+    def note(self, what: str, problems: list[str]) -> None:
+        """File the outcome of one check."""
+        self.differs += problems
+        if not problems:
+            self.agrees.append(what)
+
+
+@dataclass
+class _Subject:
+    """Where the files are and which there are. loader: content of the loader file, None without one."""
+
+    folder: Path
+    names: list[str]
+    loader: bytes | None = None
+
+
+def verify(
+    target: str,
+    *,
+    revision: str | None = None,
+    find_text: FindText | None = None,
+    sample: SampleOptions | None = None,
+    remote: Remote | None = None,
+) -> VerifyReport:
+    """Check a folder or a repository.
+
+    find_text: called with the name of the recorded text, returns its documents, or None if it cannot be had.
+    Raises CheckpointError if there is nothing to check.
+    """
+    report = VerifyReport(target)
+    if Path(target).is_dir():
+        subject = _from_folder(Path(target), report)
+    else:
+        subject = _from_hub(target, revision, remote or Remote(), report)
+    missing = [f"{name!r} is missing" for name in REQUIRED if name not in subject.names]
+    report.note("all required files are there", missing)
+    safe = _check_files(subject, report)
+    if not safe:
+        report.unchecked.append("loading and measuring: the files must be right before they are loaded")
+    elif RECORD not in subject.names:
+        report.unchecked.append(f"measurements: there is no {RECORD!r}")
+    else:
+        try:
+            remeasure(subject.folder, report, find_text or (lambda name: None), sample or SampleOptions())
+        except QepError as error:
+            report.differs.append(f"it does not load or run: {error}")
+    return report
+
+
+def _from_folder(folder: Path, report: VerifyReport) -> _Subject:
+    names, stray = list_files(folder)
+    report.note("no file but those of a checkpoint", stray)
+    loader = folder / LOADER
+    return _Subject(folder, names, loader.read_bytes() if LOADER in names else None)
+
+
+def _from_hub(target: str, revision: str | None, remote: Remote, report: VerifyReport) -> _Subject:
+    """Download everything that is no code and compare it with what the Hub lists."""
+    state = remote.repo(target, revision)
+    if state is None or state.head is None:
+        where = f", revision {revision!r}" if state else " that this token may see"
+        raise CheckpointError(f"{target!r} is neither a folder nor a repository on the Hub{where}")
+    report.commit = state.head
+    there = remote.files(target, state.head)
+    names = [name for name in sorted(there) if kind_of(name) is not None]
+    stray = sorted(set(there) - set(names) - set(_IGNORED))
+    report.note("no file but those of a checkpoint", [f"{name!r} does not belong to a checkpoint" for name in stray])
+    wanted = [name for name in names if name != LOADER]
+    folder = Path(
+        remote.call(
+            f"download {target}",
+            lambda: remote.api.snapshot_download(target, revision=state.head, allow_patterns=wanted),
+        )
+    )
+    files = [LocalFile(n, (folder / n).stat().st_size, sha256(folder / n)) for n in wanted if (folder / n).is_file()]
+    wrong = differences(files, folder, there)
+    lost = sorted(set(wanted) - {file.path for file in files})
+    report.note(
+        "what was downloaded is what the Hub lists",
+        [f"{name!r} {what}" for name, what in wrong.items()] + [f"{name!r} could not be downloaded" for name in lost],
+    )
+    return _Subject(folder, names, _loader_by_digest(folder, there))
+
+
+def _loader_by_digest(folder: Path, there: dict[str, RemoteFile]) -> bytes | None:
+    """Our own loader if that on the Hub has its digest; other bytes, which will be refused, if it has another one."""
+    if LOADER not in there:
+        return None
+    own, _ = loader_for(read_json(folder / "config.json"))
+    return own if there[LOADER].oid == git_oid(own) else b""
+
+
+def _check_files(subject: _Subject, report: VerifyReport) -> bool:
+    """Headers, checksums, configs and the record's weights; whether it is safe and useful to load the model."""
+    found = {
+        name: (sha256(subject.folder / name), (subject.folder / name).stat().st_size)
+        for name in subject.names
+        if (subject.folder / name).is_file()
+    }
+    if subject.loader is not None:
+        found[LOADER] = (hashlib.sha256(subject.loader).hexdigest(), len(subject.loader))
+    before = len(report.differs)
+    checks = {
+        "headers and index of the weights": lambda: [] if read_headers(subject.folder) else ["there are no weights"],
+        f"checksums of {MANIFEST}": lambda: manifest_problems(read_json(subject.folder / MANIFEST), found),
+        "no config leads to code": lambda: config_problems(subject.folder, subject.loader),
+    }
+    if RECORD in subject.names:
+        digests = {name: digest for name, (digest, _) in found.items()}
+        checks["the record was measured on these weights"] = lambda: record_problems(subject.folder, digests)
+    for what, check in checks.items():
+        try:
+            report.note(what, check())
+        except QepError as error:
+            report.differs.append(str(error))
+    return len(report.differs) == before
