@@ -149,7 +149,10 @@ def manifest_baseline(folder: Path) -> tuple[str, str | None]:
 
 
 def resolve_baseline(name: str, revision: str | None, *, given: bool) -> Path:
-    """Folder of the float model, at the commit it was quantised from. The manifest knows no folders, only their names: the error says what to do then."""
+    """Folder of the float model, at the commit it was quantised from.
+
+    The manifest knows names, not folders; if a name cannot be had, the error says what to do.
+    """
     from hf_qep.engine.source import resolve_model
 
     try:
