@@ -15,15 +15,16 @@ from pathlib import Path
 from hf_qep.engine.headers import MAX_HEADER_BYTES
 
 _SECRETS = {
-    "a Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
+    "a Hugging Face token": r"(?:hf|api_org)_[A-Za-z0-9]{30,}|hf_(?:oauth|jwt)_[A-Za-z0-9._-]{20,}",
     "a key of a cloud provider": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[0-9A-Za-z_-]{35}",
     "a GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_[A-Za-z0-9_]{22,}",
     "an API key": r"\bsk-(?:ant-|proj-)?[A-Za-z0-9_-]{32,}|\bxox[abprs]-[0-9A-Za-z-]{10,}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a signed web token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.",
+    "a signed web token": r"(?<![A-Za-z0-9])eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.",
     "a header with a credential": r"(?i)\bauthorization\W{1,4}(?:bearer|basic)\s+[A-Za-z0-9._~+/-]{16,}",
     "an address with a password": r"\b[a-z][a-z0-9+.-]{0,30}://[^\s/:@\"']{1,64}:[^\s/@\"']{3,}@",
-    "a password or key": r"(?i)\b(?:\w*api[_-]?key|\w*secret|password|passwd|access[_-]?token|auth[_-]?token)"
+    "a password or key": r"(?i)\b(?:\w*(?:api_?key|secret|access_?key)\w*|api-key|password|passwd"
+    r"|(?:\w*_)?(?:access|auth|hf|hub)[_-]?token)"
     r"[\"']?\s*[:=]\s*[\"']?(?=[^\s\"']*\d)[A-Za-z0-9/+_.-]{16,}",
 }
 _ROOTS = "home|root|Users|mnt|opt|srv|tmp|var|work|workspace|scratch|data|media|Volumes|private"
@@ -32,25 +33,26 @@ _MIN_TOKEN = 8
 """Own tokens shorter than this would be found in ordinary text."""
 
 
-def own_tokens() -> tuple[str, ...]:
-    """The tokens this process can see: HF_TOKEN or the login file."""
+def own_tokens(*more: object) -> tuple[str, ...]:
+    """The tokens this process can see, HF_TOKEN and that of the login file, and those of `more` that are text."""
     from huggingface_hub import get_token
 
-    found = (get_token(), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN"))
-    return tuple(dict.fromkeys(t.strip() for t in found if t and len(t.strip()) >= _MIN_TOKEN))
+    found = (get_token(), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN"), *more)
+    return tuple(dict.fromkeys(t.strip() for t in found if isinstance(t, str) and len(t.strip()) >= _MIN_TOKEN))
 
 
 def scan(path: Path, name: str, *, tokens: Iterable[str] = (), places: bool = True) -> list[str]:
     """What must not be published in a file, one sentence each; of a safetensors file the header is read.
 
-    tokens: exact values to look for. places: also look for absolute paths; off for vocabularies, where "/home/" can be
-    a token like any other.
+    tokens: exact values to look for. places: also look for absolute paths; off for vocabularies, where such a path can
+    be a token like any other.
     """
     return scan_text(_text(path), name, tokens=tokens, places=places)
 
 
 def scan_text(text: str, name: str, *, tokens: Iterable[str] = (), places: bool = True) -> list[str]:
     """The same for text at hand."""
+    text = text.replace("\\/", "/")  # json may write every slash so
     kinds = dict(_SECRETS)
     own = [re.escape(token) for token in tokens]
     if own:
@@ -68,10 +70,16 @@ def _find(kinds: dict[str, str], text: str) -> list[tuple[int, str]]:
 
 
 def redact(text: str, tokens: Iterable[str] = ()) -> str:
-    """`text` with everything that looks like a token, and the given tokens, replaced."""
+    """`text` with everything that looks like a token, and the given tokens, replaced.
+
+    The query of an address goes too: the Hub signs the addresses at which large files are stored.
+    """
     for token in tokens:
         text = text.replace(token, "[token]")
-    return re.sub(_SECRETS["a Hugging Face token"], "[token]", text)
+    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?[...]", text)
+    for kind in ("a Hugging Face token", "a header with a credential", "an address with a password"):
+        text = re.sub(_SECRETS[kind], "[token]", text)
+    return text
 
 
 def _text(path: Path) -> str:

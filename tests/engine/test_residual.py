@@ -84,8 +84,8 @@ def test_a_missing_gap_is_refused():
         Moments(4, outputs=2).update(torch.zeros(3, 4))
 
 
-def calibration(vocabulary):
-    ids = torch.randint(3, vocabulary, (16, 32), generator=torch.Generator().manual_seed(1))
+def calibration(vocabulary, seed=1):
+    ids = torch.randint(3, vocabulary, (16, 32), generator=torch.Generator().manual_seed(seed))
     return load_calibration(ids, None, num_samples=16, seq_len=32, seed=0)
 
 
@@ -107,15 +107,17 @@ def shifted(model, by):
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_where_a_bias_takes_up_the_mean_the_mean_of_the_input_does_not_matter(method):
     model = build_model("gpt2")
-    data = calibration(model.config.vocab_size)
-    moved = shifted(copy.deepcopy(model), by=3.0)
-    plain = copy.deepcopy(model)
-    with torch.no_grad():
-        ids = data.inputs["input_ids"]
-        torch.testing.assert_close(moved(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-4)
-    one, other = quantized_logits(plain, data, method=method), quantized_logits(moved, data, method=method)
-    spread = (one - one.mean()).square().mean()
-    assert (one - other).square().mean() < 0.02 * spread
+    distances = []
+    for seed in range(3):
+        data = calibration(model.config.vocab_size, seed)
+        moved, plain = shifted(copy.deepcopy(model), by=3.0), copy.deepcopy(model)
+        with torch.no_grad():
+            ids = data.inputs["input_ids"]
+            torch.testing.assert_close(moved(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-4)
+        one, other = quantized_logits(plain, data, method=method), quantized_logits(moved, data, method=method)
+        distances.append(((one - other).square().mean() / (one - one.mean()).square().mean()).item())
+    # Not centred, all are above 0.1. The median, because rounding may tip a sign, which error feedback then spreads.
+    assert sorted(distances)[1] < 1e-3
 
 
 def test_the_size_of_a_token_in_the_residual_stream_does_not_decide_how_much_it_counts():
