@@ -8,9 +8,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer
 
-from hf_qep.cli import COMMANDS, app
+from hf_qep.cli import all_commands
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "ARCHITECTURE.md"]
@@ -32,17 +31,16 @@ def command_lines() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
 def test_command_lines_of_the_readme_are_accepted(words):
-    group = typer.main.get_command(app)
-    command = group.get_command(None, words[0])
-    assert command is not None, f"no command {words[0]!r}; there are {list(COMMANDS)}"
-    wanted = [w for w in words[1:] if w != "--help"]
+    known = all_commands()
+    name = next((" ".join(words[:n]) for n in (1, 2) if " ".join(words[:n]) in known), None)
+    assert name is not None, f"no command {words[0]!r}; there are {list(known)}"
+    wanted = [w for w in words[len(name.split()) :] if w != "--help"]
     # Parsing alone: a wrong option, a missing argument or a value of the wrong type raises.
-    command.make_context(words[0], wanted, resilient_parsing=False)
+    known[name].make_context(name, wanted, resilient_parsing=False)
 
 
 def test_options_named_in_the_readme_exist():
-    group = typer.main.get_command(app)
-    params = [p for name in COMMANDS for p in group.get_command(None, name).params]
+    params = [p for command in all_commands().values() for p in command.params]
     known = {o for p in params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
     named = set(re.findall(r"`(--[a-z-]+)", text_of("README.md")))
     assert named - known == set()

@@ -26,11 +26,13 @@ COMMANDS = {
     "demo": "hf_qep.cli.demo:demo_command",
     "push": "hf_qep.cli.push:push_command",
     "verify": "hf_qep.cli.verify:verify_command",
+    "space": "hf_qep.cli.space:app",
     "env": "hf_qep.cli.env:env_command",
     "register": "hf_qep.cli.register:register_command",
     "unregister": "hf_qep.cli.register:unregister_command",
 }
-"""What the user types -> where it is. These modules import nothing heavy at their top."""
+"""What the user types -> where it is: a function, or a typer app with sub-commands of its own. These modules import
+nothing heavy at their top."""
 
 
 class GuardedCommand(TyperCommand):
@@ -61,9 +63,22 @@ class LazyGroup(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module, _, function = COMMANDS[cmd_name].partition(":")
+        target = getattr(importlib.import_module(module), function)
+        if isinstance(target, typer.Typer):
+            return typer.main.get_command(target)
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        single.command(cmd_name, cls=GuardedCommand)(getattr(importlib.import_module(module), function))
+        single.command(cmd_name, cls=GuardedCommand)(target)
         return typer.main.get_command(single)
+
+
+def all_commands() -> dict[str, Any]:
+    """Every command that does something, by the words that the user types ("push", "space init")."""
+    group, found = typer.main.get_command(app), {}
+    for name in COMMANDS:
+        command = group.get_command(None, name)
+        below = getattr(command, "commands", None)
+        found |= {f"{name} {sub}": inner for sub, inner in below.items()} if below else {name: command}
+    return found
 
 
 app = typer.Typer(name="hf-qep", cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)
