@@ -18,6 +18,8 @@ MAX_SHORT_DESCRIPTION = 60
 OWN_PACKAGE = "hf_qep"
 _LEFT_OUT = ("cli", "hub", "bundled", "demo_model", "demo_text")
 """Rooms of this package that a Space does not need."""
+ZERO_GPU_TORCH = "torch>=2.8,<2.12"
+"""What lends accelerators by the second brings a torch of its own, and refuses others."""
 _CODE = (".py", ".c", ".cpp", ".cc", ".h", ".cu", ".cuh")
 _ALLOWED = re.compile(
     r"README\.md|requirements\.txt|packages\.txt|settings\.json|LICENSE|style\.css|[a-z_]+\.py"
@@ -70,6 +72,8 @@ def write_space(
         stored = json.dumps(settings.to_variables(), indent=2, ensure_ascii=False)
         (aside / SETTINGS_FILE).write_text(stored + "\n", encoding="utf-8")
         (aside / "README.md").write_text(_card(source / "README.md", settings, readme), encoding="utf-8")
+        if (readme.hardware or "").startswith("zero"):
+            _let_torch_be_theirs(aside / "requirements.txt")
         _bring_package(aside, readme.requirement)
         names = space_files(aside).names
     return names
@@ -99,6 +103,12 @@ def _card(template: Path, settings: SpaceSettings, readme: SpaceReadme) -> str:
     if readme.hardware:
         card.data.suggested_hardware = None if readme.hardware.startswith("zero") else readme.hardware
     return str(card)
+
+
+def _let_torch_be_theirs(requirements: Path) -> None:
+    lines = requirements.read_text(encoding="utf-8").splitlines()
+    kept = [ZERO_GPU_TORCH if line.startswith("torch==") else line for line in lines]
+    requirements.write_text("\n".join(kept) + "\n", encoding="utf-8")
 
 
 def _bring_package(folder: Path, requirement: str | None) -> None:

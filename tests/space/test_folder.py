@@ -74,6 +74,12 @@ def test_the_folder_holds_the_app_and_this_package_and_nothing_else(folder):
     assert json.loads((folder / "settings.json").read_text()) == {"MODEL_ID": "acme/tiny-1bit", "BASE_ID": "acme/tiny"}
 
 
+def test_lent_accelerators_keep_the_torch_of_their_machine(tmp_path):
+    write_space(tmp_path / "s", SpaceSettings("acme/x"), SpaceReadme(hardware="zero-a10g"))
+    lines = (tmp_path / "s" / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith("torch")] == ["torch>=2.8,<2.12"]
+
+
 def test_with_a_requirement_the_package_is_not_copied(tmp_path):
     names = write_space(tmp_path / "s", SpaceSettings("acme/x"), SpaceReadme(requirement="hf-qep==0.1.0"))
     assert not [name for name in names if name.startswith("hf_qep/")]
