@@ -41,7 +41,7 @@ def collect() -> dict[str, Any]:
         "token": bool(get_token()),
         "endpoint": re.sub(r"//[^/@]*@", "//", constants.ENDPOINT),
         "offline": constants.is_offline_mode(),
-        "cache": _without_home(Path(constants.HF_HUB_CACHE)),
+        "cache": _anonymous(Path(constants.HF_HUB_CACHE)),
     }
 
 
@@ -70,9 +70,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _without_home(path: Path) -> str:
+def _anonymous(path: Path) -> str:
+    """`path` with ~ for the home folder, and no name of a user, whose home may lie elsewhere."""
     home = Path.home()
-    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
+    if path.is_relative_to(home):
+        return f"~/{path.relative_to(home).as_posix()}"
+    users = {home.name, *(os.environ.get(name) for name in ("USER", "LOGNAME", "USERNAME", "SUDO_USER"))}
+    parts = list(path.parts)
+    for index, part in enumerate(parts):
+        if part in users or (index and parts[index - 1] in ("home", "Users", "users")):
+            parts[index] = "[user]"
+    return Path(*parts).as_posix()
 
 
 def _rows(found: dict[str, Any]) -> dict[str, Any]:

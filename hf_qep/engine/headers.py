@@ -25,6 +25,8 @@ MAX_DIMENSION = 2**31
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MANIFEST = "hf_qep_manifest.json"
 """How a checkpoint was made; written by `manifest.py`, named here because reading it needs no torch."""
+CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate")
+"""Keys with which a config makes a reader run code of the repository."""
 
 _ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),

@@ -114,6 +114,15 @@ def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkp
     return summary
 
 
+def check_limits(config: dict[str, Any], tensors: int) -> None:
+    """Sizes and number of layers of a config.json, before anything is built from it. tensors: how many the files hold.
+
+    Raises CheckpointError for impossible ones, and for code of another repository.
+    """
+    _check_sizes(config, "")
+    _check_layer_count(config, tensors)
+
+
 def check_finite(model: PreTrainedModel) -> None:
     """Raise NonFiniteError naming the parameters that hold NaN or Inf."""
     bad = [

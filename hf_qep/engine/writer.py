@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_qep.accounting import bits_report
-from hf_qep.engine.headers import INDEX_FILE, MANIFEST, read_headers
+from hf_qep.engine.headers import CODE_KEYS, INDEX_FILE, MANIFEST, read_headers
 from hf_qep.engine.manifest import MANIFEST_VERSION, file_table, versions
 from hf_qep.engine.source import free_space_check
 from hf_qep.errors import CheckpointError
@@ -52,11 +52,11 @@ def save_checkpoint(
         model.save_pretrained(aside, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
+        _clean_settings(aside, drop_code=type(model).__module__.startswith("transformers."))
         if remote_code:
             from hf_qep.remote_code import add_remote_code
 
             add_remote_code(aside)
-        _remove_paths(aside)
         _verify(aside, bits["weight_bytes"])
         _share(aside)
         written = manifest | {
@@ -70,15 +70,27 @@ def save_checkpoint(
     return out_dir
 
 
-def _remove_paths(folder: Path) -> None:
-    """Configs of models and tokenizers remember the folder they came from; it is nobody else's business."""
+def _clean_settings(folder: Path, *, drop_code: bool) -> None:
+    """Configs of models and tokenizers remember the folder they came from, which is nobody else's business.
+
+    drop_code: they also name code of the original, which was not run and is not in the folder.
+    """
     for path in folder.glob("*.json"):
         if path.name in _NOT_SETTINGS:
             continue
         settings = json.loads(path.read_text(encoding="utf-8"))
         clean = without_folders(settings)
+        if drop_code:
+            clean = _without_code(clean)
         if clean != settings:
             path.write_text(json.dumps(clean, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_code(value: Any) -> Any:
+    """A json value without the keys that make a reader run code of the repository."""
+    if isinstance(value, dict):
+        return {key: _without_code(item) for key, item in value.items() if key not in CODE_KEYS}
+    return [_without_code(item) for item in value] if isinstance(value, list) else value
 
 
 def _share(folder: Path) -> None:

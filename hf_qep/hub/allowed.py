@@ -39,12 +39,21 @@ def kind_of(name: str) -> str | None:
     return next((kind for kind, pattern in _ALLOWED.items() if re.fullmatch(pattern, name, re.ASCII)), None)
 
 
-def list_files(folder: Path) -> tuple[list[str], list[str]]:
-    """(names of the allowed files, what is wrong with all others), links and devices never being followed."""
+def list_files(
+    folder: Path, *, links_to: Path | None = None, ignored: tuple[str, ...] = ()
+) -> tuple[list[str], list[str]]:
+    """(names of the allowed files, what is wrong with all others), links and devices never being followed.
+
+    links_to: links to files below this folder are as good as files. ignored: beginnings of names that are passed over.
+    """
     names, problems = [], []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         mode = path.lstat().st_mode
+        if ignored and name.startswith(ignored):
+            continue
+        if stat.S_ISLNK(mode) and links_to is not None and path.is_file() and path.resolve().is_relative_to(links_to):
+            mode = path.stat().st_mode
         if stat.S_ISLNK(mode):
             problems.append(f"{name!r} is a link; replace it by a copy of the file if you mean to publish that")
         elif stat.S_ISDIR(mode):

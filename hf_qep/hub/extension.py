@@ -17,11 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hf_qep.errors import CheckpointError, OutputExistsError
-from hf_qep.files import write_text_aside
+from hf_qep.files import write_aside
 
 OWNER = "(local)"
 """No account can have this name."""
 DESCRIPTION = "About one bit per weight for Hugging Face models."
+LATEST = ".latest_commit"
+"""Where `hf` remembers which commit is the newest, and since when it knows."""
 _NEVER = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
 
 
@@ -50,31 +52,16 @@ def register(*, force: bool = False) -> Registration:
             f"another extension is installed in {_shown(folder)!r}; remove it with: hf extensions remove qep, or pass "
             "--force to replace it"
         )
-    if folder.is_symlink():
+    if folder.is_symlink() or folder.is_file():
         folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    script = folder / ("hf-qep.cmd" if os.name == "nt" else "hf-qep")
-    write_text_aside(script, _script())
-    script.chmod(0o755)
-    manifest = {
-        "owner": OWNER,
-        "repo": "hf-qep",
-        "repo_id": f"{OWNER}/hf-qep",
-        "short_name": "qep",
-        "executable_path": str(script),
-        "type": "binary",
-        "installed_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "description": DESCRIPTION,
-        "commit_sha": None,
-    }
-    # The manifest makes it visible to `hf`, so it comes last but one; the note below only saves a request.
-    write_text_aside(folder / "manifest.json", json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-    latest = folder / ".latest_commit"
-    write_text_aside(latest, "")
-    os.utime(latest, (_NEVER, _NEVER))
-    return Registration(folder, (script, folder / "manifest.json", latest))
+    name = "hf-qep.cmd" if os.name == "nt" else "hf-qep"
+    with write_aside(folder, overwrite=True) as aside:
+        (aside / name).write_text(_script(), encoding="utf-8")
+        (aside / name).chmod(0o755)
+        (aside / "manifest.json").write_text(_manifest(folder / name), encoding="utf-8")
+        (aside / LATEST).write_text("", encoding="utf-8")
+        os.utime(aside / LATEST, (_NEVER, _NEVER))
+    return Registration(folder, tuple(folder / file for file in (name, "manifest.json", LATEST)))
 
 
 def unregister() -> Path:
@@ -98,6 +85,21 @@ def is_ours(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return not folder.is_symlink() and isinstance(manifest, dict) and manifest.get("owner") == OWNER
+
+
+def _manifest(script: Path) -> str:
+    values = {
+        "owner": OWNER,
+        "repo": "hf-qep",
+        "repo_id": f"{OWNER}/hf-qep",
+        "short_name": "qep",
+        "executable_path": str(script),
+        "type": "binary",
+        "installed_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "description": DESCRIPTION,
+        "commit_sha": None,
+    }
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 def _script() -> str:

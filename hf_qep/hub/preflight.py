@@ -7,22 +7,26 @@ secret, a link, code or a file that is not on the list.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_qep.engine.headers import INDEX_FILE, MANIFEST, SINGLE_FILE, read_headers, read_json
+from hf_qep.engine.headers import CODE_KEYS, INDEX_FILE, MANIFEST, SINGLE_FILE, read_header, read_headers, read_json
 from hf_qep.errors import QepError
 from hf_qep.files import canonical_json, sha256
 from hf_qep.hub import secrets
 from hf_qep.hub.allowed import LOADER, MADE_LATER, REQUIRED, kind_of, list_files
 from hf_qep.progress import SILENT, Progress
 
-RECORD = "hf_qep_eval.json"
-CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate")
-"""Keys with which a config makes a reader run code of the repository."""
+RECORD, SAMPLES = "hf_qep_eval.json", "hf_qep_samples.json"
+
+_ACTIVE_PICTURE = (
+    rb"(?i)<\s*(\w+:)?(script|foreignobject|iframe|embed|object|handler)\b|\son\w+\s*=|javascript\s*:|<!entity"
+)
+"""What makes a drawing run code, or read other files, when it is opened by itself."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,11 @@ class FolderReport:
         self.problems += sentences
 
 
-def check_folder(folder: Path, *, progress: Progress = SILENT) -> FolderReport:
-    """Files, headers, checksums, config, secrets, record and card of `folder`; nothing is raised for what is wrong."""
+def check_folder(folder: Path, *, tokens: tuple[str, ...] = (), progress: Progress = SILENT) -> FolderReport:
+    """Files, headers, checksums, config, secrets, record and card of `folder`; nothing is raised for what is wrong.
+
+    tokens: values that must not stand in a file, besides those that look like secrets.
+    """
     report = FolderReport(folder)
     if not folder.is_dir():
         report.problems.append(f"{folder.name!r} is not a folder; give the folder that hf-qep quantize wrote")
@@ -76,18 +83,20 @@ def check_folder(folder: Path, *, progress: Progress = SILENT) -> FolderReport:
     if report.unsafe:
         # A name that is not known, or a link, may be anything: nothing is opened before the list is clean.
         return report
-    tokens = secrets.own_tokens()
+    tokens = secrets.own_tokens(*tokens)
     with progress.bar("check files", len(names), "file") as bar:
         for name in names:
             path = folder / name
             report.files.append(LocalFile(name, path.stat().st_size, sha256(path)))
             report.refuse(*secrets.scan(path, name, tokens=tokens, places=kind_of(name) != "vocabulary"))
             bar.advance(detail=name)
-    for check in (_check_weights, _check_manifest, _check_config, _check_record, _check_card):
+    for check in (_check_weights, _check_manifest, _check_config, _check_pictures, _check_record, _check_card):
         try:
             check(report)
         except QepError as error:
             report.problems.append(str(error))
+        except RecursionError:
+            report.problems.append("a json file is nested too deeply to be one of a checkpoint; run: hf-qep quantize")
     return report
 
 
@@ -131,17 +140,34 @@ def check_disk(folder: Path, needed: int) -> str | None:
 
 
 def record_problems(folder: Path, digests: dict[str, str]) -> list[str]:
-    """What is wrong with the evaluation record of a folder. digests: sha256 by file name, as recomputed."""
+    """What is wrong with record, recorded samples and the numbers in the card. digests: sha256 by name, recomputed."""
     from hf_qep.evaluation.record import EvalRecord
+    from hf_qep.evaluation.samples import Samples
+    from hf_qep.hub import claims
 
+    weights = {name: digest for name, digest in digests.items() if kind_of(name) == "weights"}
+    problems = []
+    if SAMPLES in digests:
+        try:
+            if Samples.read(folder / SAMPLES).subject.sha256 != weights:
+                problems.append(f"{SAMPLES!r} comes from other weights than these; run: hf-qep eval, then: hf-qep card")
+        except QepError as error:
+            problems.append(str(error))
     try:
         record = EvalRecord.read(folder / RECORD)
     except QepError as error:
-        return [str(error)]
-    weights = {name: digest for name, digest in digests.items() if kind_of(name) == "weights"}
+        return [*problems, str(error)]
     if record.subject.sha256 != weights:
-        return [f"{RECORD!r} was measured on other weights than these; run: hf-qep eval, then: hf-qep card"]
-    return []
+        problems.append(f"{RECORD!r} was measured on other weights than these; run: hf-qep eval, then: hf-qep card")
+        return problems
+    problems += claims.record_contradictions(record, sum((folder / name).stat().st_size for name in weights))
+    if "README.md" in digests:
+        card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+        problems += claims.card_contradictions(card, record)
+    for name in digests:
+        if kind_of(name) == "result":
+            problems += claims.result_contradictions(folder / name, record)
+    return problems
 
 
 def _remedy(name: str) -> str:
@@ -156,10 +182,19 @@ def _check_weights(report: FolderReport) -> None:
     if index.is_file() and SINGLE_FILE in shards:
         report.problems.append(f"both {SINGLE_FILE!r} and {INDEX_FILE!r} are there; keep the one that belongs")
     elif index.is_file():
-        unused = shards - set(read_json(index)["weight_map"].values())
-        report.problems += [f"{INDEX_FILE!r} does not use {name!r}; remove it" for name in sorted(unused)]
+        report.problems += _index_problems(report.folder, shards, read_json(index)["weight_map"])
     elif shards != {SINGLE_FILE}:
         report.problems.append(f"shards beside {SINGLE_FILE!r} belong to nothing: {sorted(shards - {SINGLE_FILE})}")
+
+
+def _index_problems(folder: Path, shards: set[str], weight_map: dict[str, str]) -> list[str]:
+    """Shards and tensors that the index does not know; transformers would load the latter all the same."""
+    unused = sorted(shards - set(weight_map.values()))
+    problems = [f"{INDEX_FILE!r} does not use {name!r}; remove it" for name in unused]
+    for shard in sorted(shards.difference(unused)):
+        hidden = sorted(name for name in read_header(folder / shard) if weight_map.get(name) != shard)
+        problems += [f"{shard!r} holds {name!r}, which {INDEX_FILE!r} does not place there" for name in hidden[:5]]
+    return problems
 
 
 def _check_manifest(report: FolderReport) -> None:
@@ -200,6 +235,12 @@ def _check_config(report: FolderReport) -> None:
     report.refuse(*config_problems(report.folder, loader.read_bytes() if loader.is_file() else None))
 
 
+def _check_pictures(report: FolderReport) -> None:
+    for file in report.files:
+        if file.path.endswith(".svg") and re.search(_ACTIVE_PICTURE, (report.folder / file.path).read_bytes()):
+            report.refuse(f"{file.path!r} is a drawing that can run code; code is never published, use png")
+
+
 def _check_record(report: FolderReport) -> None:
     report.problems += record_problems(report.folder, {file.path: file.sha256 for file in report.files})
 
@@ -213,20 +254,24 @@ def _check_card(report: FolderReport) -> None:
         report.problems += [f"the card: {sentence}" for sentence in card_problems(report.card)]
 
 
-def _code_keys(value: Any, where: str = "") -> list[str]:
+def _code_keys(value: Any) -> list[str]:
     """Dotted names of the keys in a json value that lead to code: the known ones, internal ones, kernels of the Hub."""
     found: list[str] = []
-    if isinstance(value, list):
-        return [name for item in value for name in _code_keys(item, where)]
-    if not isinstance(value, dict):
-        return found
-    for key, item in value.items():
-        name = f"{where}{key}"
-        remote = "implementation" in key and isinstance(item, str) and "/" in item
-        if (key in CODE_KEYS and item) or (key.startswith("_") and key.endswith("_internal")) or remote:
-            found.append(name)
-        found += _code_keys(item, f"{name}.")
-    return found
+    # Not recursive: how deep it is nested is up to whoever wrote the file.
+    stack: list[tuple[str, Any, bool]] = [("", value, False)]
+    while stack:
+        where, item, kernel = stack.pop()
+        if isinstance(item, dict):
+            for key, inner in item.items():
+                name = f"{where}.{key}" if where else key
+                if (key in CODE_KEYS and inner) or (key.startswith("_") and key.endswith("_internal")):
+                    found.append(name)
+                stack.append((name, inner, kernel or "implementation" in key))
+        elif isinstance(item, list):
+            stack += [(where, inner, kernel) for inner in item]
+        elif kernel and isinstance(item, str) and "/" in item:
+            found.append(where)
+    return sorted(set(found))
 
 
 def _loader_problems(config: dict[str, Any], loader: bytes) -> list[str]:

@@ -9,13 +9,13 @@ anywhere, the same command goes on: stored content is not sent again, and what i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from hf_qep.errors import PublishError, UnsafeContentError
-from hf_qep.files import sha256
 from hf_qep.hub.preflight import LocalFile
 from hf_qep.hub.push_plan import (
     MAX_PULL_REQUESTS,
@@ -101,6 +101,8 @@ class _Todo:
     def __init__(self, files: list[str]) -> None:
         self.files = files
         self.steps = ["commit", "read back what the Hub has"]
+        self.commit_tried = False
+        """whether a commit was asked for, which the Hub may have made without being heard"""
 
     @contextmanager
     def named_in_errors(self, plan: PushPlan) -> Iterator[None]:
@@ -108,7 +110,8 @@ class _Todo:
         try:
             yield
         except HubRefusal as error:
-            missing = f"Not in {plan.repo_id} yet: {', '.join(self.files)}" if self.files else "All files are there"
+            where = f"Not {'confirmed to be ' if self.commit_tried else ''}in {plan.repo_id} yet"
+            missing = f"{where}: {', '.join(self.files)}" if self.files else f"All files are in {plan.repo_id}"
             steps = ", ".join(self.steps)
             advice = "run the same command again, it goes on from here"
             raise HubRefusal(f"{error}. {missing}; not done: {steps}; {advice}", error.status) from None
@@ -161,6 +164,7 @@ def _send(plan: PushPlan, remote: Remote, todo: _Todo, progress: Progress) -> tu
             if operation.upload_info.is_hashed and operation.upload_info.sha256.hex() != file.sha256:
                 raise PublishError(f"{file.path!r} changed while it was sent; nothing is visible, run the push again")
             bar.advance(detail=file.path)
+        todo.commit_tried = True
         deletions = [CommitOperationDelete(name) for name in stale_files(plan.files, there)]
         commit = remote.commit(
             plan.repo_id,
@@ -186,7 +190,7 @@ def _addition(plan: PushPlan, file: LocalFile) -> Any:
     if file.is_weights:
         return CommitOperationAdd(file.path, str(path))
     content = path.read_bytes()
-    if len(content) != file.size or sha256(path) != file.sha256:
+    if hashlib.sha256(content).hexdigest() != file.sha256:
         raise PublishError(changed)
     return CommitOperationAdd(file.path, content)
 

@@ -52,7 +52,8 @@ class PushPlan:
     message: str
     files: list[LocalFile] = field(default_factory=list)
     actions: dict[str, str] = field(default_factory=dict)
-    """name -> "add", "replace", "keep" (the Hub has it) or "delete" (a file of an older push)"""
+    """name -> "add", "replace", "keep" (the Hub has it) or "delete" (a file of an older push); empty if the Hub could
+    not be asked"""
     kept: list[str] = field(default_factory=list)
     """files on the Hub that are none of ours and stay"""
     state: RepoState | None = None
@@ -92,7 +93,7 @@ class PushPlan:
             "licence": self.licence,
             "licence_decision": self.decision,
             "files": [
-                {"path": f.path, "size": f.size, "sha256": f.sha256, "action": self.actions.get(f.path, "add")}
+                {"path": f.path, "size": f.size, "sha256": f.sha256, "action": self.actions.get(f.path)}
                 for f in self.files
             ],
             "delete": sorted(name for name, action in self.actions.items() if action == "delete"),
@@ -114,11 +115,11 @@ def plan_push(
     what is wrong: it stands in `problems`."""
     folder, options = Path(folder), options or PushOptions()
     remote = remote or Remote()
-    report = check_folder(folder, progress=progress)
+    report = check_folder(folder, tokens=remote.tokens, progress=progress)
     plan = PushPlan(folder, repo_id, remote.endpoint, options, "", report.files)
     plan.problems, plan.unsafe, plan.warnings = report.problems, report.unsafe, report.warnings
     plan.message = options.commit_message or f"Upload {folder.resolve().name}: 1-bit weights, card and record"
-    _check_words(plan)
+    _check_words(plan, remote)
     _check_disk(plan, report)
     try:
         _check_account(plan, remote)
@@ -157,7 +158,7 @@ def stale_files(files: list[LocalFile], there: dict[str, RemoteFile]) -> list[st
     return sorted(name for name in there if name not in ours and kind_of(name) not in (None, "licence"))
 
 
-def _check_words(plan: PushPlan) -> None:
+def _check_words(plan: PushPlan, remote: Remote) -> None:
     """Names and options that can never work, and secrets in what becomes public besides the files."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -177,7 +178,7 @@ def _check_words(plan: PushPlan) -> None:
         plan.problems.append("--create-pr opens a pull request against main; leave out --revision")
     if options.create_pr and (options.public or options.gated):
         plan.problems.append("--create-pr leaves the settings of the repository alone; leave out --public and --gated")
-    found = secrets.scan_text(plan.message, "the commit message", tokens=secrets.own_tokens())
+    found = secrets.scan_text(plan.message, "the commit message", tokens=remote.tokens)
     plan.problems += found
     plan.unsafe += found
 
@@ -192,7 +193,7 @@ def _check_disk(plan: PushPlan, report: FolderReport) -> None:
 
 def _check_account(plan: PushPlan, remote: Remote) -> None:
     """Whose token it is, and whether it may write; a name without an owner gets the account's."""
-    if not secrets.own_tokens() and not remote.api.token:
+    if not remote.tokens:
         raise HubRefusal("you are not logged in; run: hf auth login, or set HF_TOKEN", 401)
     account: Account = remote.account()
     if "/" not in plan.repo_id:
@@ -214,6 +215,8 @@ def _check_target(plan: PushPlan) -> None:
     options, state = plan.options, plan.state
     if state is None and options.create_pr:
         plan.problems.append(f"{plan.repo_id} does not exist, so there is nothing to open a pull request against")
+    if state is not None and state.id != plan.repo_id:
+        plan.problems.append(f"{plan.repo_id} is called {state.id} on the Hub; push to that name")
     if state is not None and not state.private and not options.public and not options.create_pr:
         plan.problems.append(
             f"{plan.repo_id} is public, so everybody would see this push; pass --public, or make it private first"
@@ -248,7 +251,8 @@ def _compare(plan: PushPlan, remote: Remote) -> None:
 
 
 def _base_facts(plan: PushPlan, report: FolderReport, remote: Remote) -> BaseFacts | None:
-    """Facts of the original on the Hub. A name that cannot be found there is a warning: the original may be private."""
+    """Facts of the original on the Hub. A name that cannot be found there forbids to show the copy to everybody: the
+    link would lead nowhere, and licence and gate would be what the card says."""
     from hf_qep.hub.base import BaseFacts
 
     name, revision = report.manifest.get("base_model"), report.manifest.get("revision")
@@ -263,9 +267,8 @@ def _base_facts(plan: PushPlan, report: FolderReport, remote: Remote) -> BaseFac
         at = revision if isinstance(revision, str) and ids[0] == name else None
         return remote.call(f"look at the original {ids[0]}", lambda: BaseFacts.from_hub(remote.api, ids[0], at))
     except QepError as error:
-        plan.warnings.append(
-            f"the original {ids[0]} could not be looked up ({error}); its name and licence are unchecked"
-        )
+        sentence = f"the original {ids[0]} could not be looked up ({error}); its name, licence and gate are unchecked"
+        (plan.problems if plan.shown_to_all else plan.warnings).append(sentence)
         return None
 
 

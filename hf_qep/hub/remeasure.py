@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from hf_qep.accounting import bits_report
-from hf_qep.engine.source import load_float_model, load_processor, model_class
+from hf_qep.engine.headers import read_headers, read_json
+from hf_qep.engine.source import check_limits, load_float_model, load_processor, model_class
 from hf_qep.errors import CheckpointError, NonFiniteError
 from hf_qep.evaluation.divergence import TextScore, compare_language_models
 from hf_qep.evaluation.estimates import Estimate
@@ -20,7 +21,7 @@ from hf_qep.evaluation.record import EvalRecord
 from hf_qep.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 FindText = Callable[[str | None], Sequence[str] | None]
 """Name of the recorded text -> its documents, or None."""
@@ -29,6 +30,8 @@ PERPLEXITY_TOLERANCE = 0.01
 """Relative, when all recorded tokens are measured again: other machines round otherwise."""
 KL_TOLERANCE, AGREEMENT_TOLERANCE = 0.05, 0.01
 """Relative, and absolute."""
+LEAST_BITS = 0.1
+"""No format stores fewer bits per weight."""
 STANDARD_ERRORS = 4.0
 """When only a part is measured, the recorded value must lie within so many standard errors of the difference."""
 
@@ -96,12 +99,16 @@ def remeasure(folder: Path, report: Report, find_text: FindText, options: Sample
 def load_checkpoint(folder: Path, dtype: str, device: str) -> PreTrainedModel:
     """The packed model of `folder` by transformers' own class, no code of the checkpoint run.
 
-    Raises CheckpointError if a weight is missing, left over or of another shape.
+    Raises CheckpointError if a weight is missing, left over or of another shape, or the config describes far more than
+    the files hold.
     """
     from transformers import AutoConfig
 
+    tensors = read_headers(folder)
+    check_limits(read_json(folder / "config.json"), len(tensors))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check_extent(config, sum(entry.bytes for entry in tensors.values()))
         model, info = model_class(config).from_pretrained(
             folder,
             local_files_only=True,
@@ -110,6 +117,8 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> PreTrainedModel:
             dtype=dtype,
             output_loading_info=True,
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever files that lie make a model class raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"from_pretrained refuses it: {reason}") from error
@@ -120,6 +129,19 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> PreTrainedModel:
     if said:
         raise CheckpointError(f"its weights do not fit the model ({'; '.join(said)})")
     return model.eval().to(device)
+
+
+def _check_extent(config: PreTrainedConfig, stored_bytes: int) -> None:
+    """Weights that are in no file would be allocated all the same."""
+    kind = model_class(config)
+    with torch.device("meta"):
+        build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+        described = sum(parameter.numel() for parameter in build(config).parameters())
+    if described * LEAST_BITS > 8 * stored_bytes:
+        raise CheckpointError(
+            f"config.json describes {described} weights, but the files have {stored_bytes} bytes; they do not belong "
+            "together"
+        )
 
 
 def _compare_bits(model: PreTrainedModel, folder: Path, record: EvalRecord, report: Report) -> None:

@@ -21,7 +21,7 @@ TRIES = 5
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 """Seconds before the second try, doubled each time."""
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
-_TRANSIENT_KINDS = ("TransportError", "JSONDecodeError", "ConnectionError", "TimeoutError")
+_TRANSIENT_KINDS = ("TransportError", "DecodingError", "JSONDecodeError", "ConnectionError", "TimeoutError")
 
 
 class HubRefusal(PublishError):
@@ -92,6 +92,11 @@ class Remote:
         """Address of the Hub."""
         return str(self.api.endpoint)
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The tokens in use; they must not be shown or published."""
+        return secrets.own_tokens(self.api.token)
+
     def call(self, step: str, function: Callable[[], T]) -> T:
         """`function()`, again after a failure that may pass. Raises HubRefusal."""
         self._on_step(step)
@@ -122,14 +127,14 @@ class Remote:
 
     def repo(self, repo_id: str, revision: str | None = None) -> RepoState | None:
         """State of a model repository, None if there is none that this token may see."""
-        from huggingface_hub.errors import RepositoryNotFoundError
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
         def ask() -> RepoState | None:
             try:
                 info = self.api.model_info(repo_id)
             except RepositoryNotFoundError as error:
-                # Without a valid token the Hub says the same of every repository.
-                if error.response.status_code == 401:
+                # Without a valid token the Hub says the same of every repository; and a gated one is there.
+                if error.response.status_code == 401 or isinstance(error, GatedRepoError):
                     raise
                 return None
             gated = info.gated if info.gated in ("auto", "manual") else None
@@ -265,13 +270,13 @@ class Remote:
         http = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
         if http is not None:
             status = http.response.status_code
-            said = secrets.redact(_one_line(http.server_message or str(http)), secrets.own_tokens())
+            said = secrets.redact(_one_line(http.server_message or str(http)), self.tokens)
             return HubRefusal(
                 f"cannot {step}: the Hub answered {status} ({said}){_advice(status)}",
                 status,
                 transient=status in _TRANSIENT_STATUS,
             )
-        said = secrets.redact(_one_line(str(chain[-1]) or type(chain[-1]).__name__), secrets.own_tokens())
+        said = secrets.redact(_one_line(str(chain[-1]) or type(chain[-1]).__name__), self.tokens)
         passing = any(_is_transient(e) for e in chain)
         return HubRefusal(f"cannot {step}: {said}", transient=passing)
 

@@ -23,8 +23,8 @@ _SECRETS = {
     "a signed web token": r"(?<![A-Za-z0-9])eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.",
     "a header with a credential": r"(?i)\bauthorization\W{1,4}(?:bearer|basic)\s+[A-Za-z0-9._~+/-]{16,}",
     "an address with a password": r"\b[a-z][a-z0-9+.-]{0,30}://[^\s/:@\"']{1,64}:[^\s/@\"']{3,}@",
-    "a password or key": r"(?i)\b(?:\w*(?:api_?key|secret|access_?key)\w*|api-key|password|passwd"
-    r"|(?:\w*_)?(?:access|auth|hf|hub)[_-]?token)"
+    "a password or key": r"(?i)\b(?:\w{0,40}(?:api_?key|secret|access_?key)\w{0,40}|api-key|password|passwd"
+    r"|(?:\w{0,40}_)?(?:access|auth|hf|hub)[_-]?token)"
     r"[\"']?\s*[:=]\s*[\"']?(?=[^\s\"']*\d)[A-Za-z0-9/+_.-]{16,}",
 }
 _ROOTS = "home|root|Users|mnt|opt|srv|tmp|var|work|workspace|scratch|data|media|Volumes|private"
@@ -42,7 +42,7 @@ def own_tokens(*more: object) -> tuple[str, ...]:
 
 
 def scan(path: Path, name: str, *, tokens: Iterable[str] = (), places: bool = True) -> list[str]:
-    """What must not be published in a file, one sentence each; of a safetensors file the header is read.
+    """What must not be published in a file, one sentence each; of a safetensors file only the header is text.
 
     tokens: exact values to look for. places: also look for absolute paths; off for vocabularies, where such a path can
     be a token like any other.
