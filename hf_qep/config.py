@@ -42,6 +42,9 @@ class QepConfig(QuantizationConfigMixin):
         skip_modules: names of modules that stay float, besides the embeddings and the head.
         seed: seed of sampling and of the solvers.
         bias_correction: let each layer's bias, where it has one, take up the mean output error, and solve for the rest.
+        tune_epochs: passes over the calibration rows in which signs, scales, norms and biases of each block are trained
+            together after they were solved, towards the outputs of the float model; 0 is none.
+        tune_lookahead: float blocks between a tuned block and its loss; None is all of them and the head.
         tokenizer: tokenizer for `dataset` when quantising on the fly; default: the model's own. Not stored.
         dequantize: give back a plain float model while loading. Not stored.
         trainable_scales: keep float32 scales that train while loading (quantisation-aware training). Not stored.
@@ -67,6 +70,8 @@ class QepConfig(QuantizationConfigMixin):
         skip_modules: list[str] | None = None,
         seed: int = 0,
         bias_correction: bool = True,
+        tune_epochs: int = 0,
+        tune_lookahead: int | None = None,
         tokenizer: Any = None,
         dequantize: bool = False,
         trainable_scales: bool = False,
@@ -80,6 +85,7 @@ class QepConfig(QuantizationConfigMixin):
         self.propagation, self.residual, self.damping = propagation, residual, damping
         self.dataset, self.num_samples, self.seq_len, self.batch_size = dataset, num_samples, seq_len, batch_size
         self.skip_modules, self.seed, self.bias_correction = skip_modules, seed, bias_correction
+        self.tune_epochs, self.tune_lookahead = tune_epochs, tune_lookahead
         self.layers = layers
         self.tokenizer, self.dequantize, self.trainable_scales = tokenizer, dequantize, trainable_scales
         self.post_init()
@@ -101,6 +107,9 @@ class QepConfig(QuantizationConfigMixin):
         for name in ("num_samples", "seq_len", "batch_size"):
             _whole(name, getattr(self, name), 1)
         _whole("seed", self.seed, 0)
+        _whole("tune_epochs", self.tune_epochs, 0)
+        if self.tune_lookahead is not None:
+            _whole("tune_lookahead", self.tune_lookahead, 0)
         if self.group_size is not None:
             _whole("group_size", self.group_size, 1)
         if isinstance(self.skip_modules, str):

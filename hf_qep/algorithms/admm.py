@@ -35,6 +35,10 @@ class FactoredWeight:
     """(rank,) float32"""
     column_scale: Tensor
     """(in,) float32"""
+    left_size: Tensor
+    """(out, rank) float32: how sure each sign is, 1 on the average; where training starts"""
+    right_size: Tensor
+    """(rank, in) float32"""
 
     def dense(self) -> Tensor:
         """Ŵ, (out, in) float32."""
@@ -71,7 +75,8 @@ def factorise(
     _, column = rank_one(Z_B.abs(), PROJECTION_ITERATIONS)
     # The last A was solved against unit rows of Z_B: the length of the column scale goes into the middle.
     middle = middle * size / column.norm().clamp_min(torch.finfo(W.dtype).tiny)
-    return FactoredWeight(~torch.signbit(Z_A), ~torch.signbit(Z_B), row, middle, column / stretch)
+    sizes = [(Z + U).abs() / Z.abs().clamp_min(torch.finfo(Z.dtype).tiny) for Z, U in ((Z_A, U_A), (Z_B, U_B))]
+    return FactoredWeight(~torch.signbit(Z_A), ~torch.signbit(Z_B), row, middle, column / stretch, *sizes)
 
 
 def refit(start: FactoredWeight, weight: Tensor, hessian: Tensor, *, rounds: int) -> FactoredWeight:
@@ -126,7 +131,8 @@ def _plus_minus(signs: Tensor) -> Tensor:
 
 
 def _absorb_signs(weight: FactoredWeight) -> FactoredWeight:
-    return FactoredWeight(
+    return replace(
+        weight,
         left=weight.left ^ (weight.row_scale < 0).unsqueeze(1),
         right=weight.right ^ (weight.middle_scale < 0).unsqueeze(1) ^ (weight.column_scale < 0),
         row_scale=weight.row_scale.abs(),

@@ -70,8 +70,7 @@ def block_inputs(model: PreTrainedModel, structure: Structure, batches: Sequence
     return result
 
 
-@torch.no_grad()
-def run_block(model: nn.Module, block: Block, hidden: Tensor, call: BlockCall) -> Tensor:
+def forward_block(model: nn.Module, block: Block, hidden: Tensor, call: BlockCall) -> Tensor:
     """Output hidden state of a block for an input hidden state; runs whatever modules the block holds now."""
     module = model.get_submodule(block.name)
     if call.by_keyword:
@@ -79,6 +78,27 @@ def run_block(model: nn.Module, block: Block, hidden: Tensor, call: BlockCall) -
     else:
         output = module(hidden, *call.args, **call.kwargs)
     return output if block.outputs is None else output[0]
+
+
+@torch.no_grad()
+def run_block(model: nn.Module, block: Block, hidden: Tensor, call: BlockCall) -> Tensor:
+    """`forward_block` without gradients."""
+    return forward_block(model, block, hidden, call)
+
+
+def forward_rest(
+    model: PreTrainedModel, structure: Structure, index: int, hidden: Tensor, batch: dict[str, Tensor]
+) -> Any:
+    """Output of the model when its block `index` returns `hidden`; the blocks up to that one are not run.
+
+    batch: inputs of the model for the same rows, from which it makes its masks.
+    """
+    with ExitStack() as undo:
+        for block in structure.blocks[: index + 1]:
+            undo.enter_context(
+                _forward_replaced(model.get_submodule(block.name), _constant(_return_form(block), hidden))
+            )
+        return model(**{key: value.to(model.device) for key, value in batch.items()})
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
@@ -140,6 +160,10 @@ def _return_form(block: Block) -> Callable[[Tensor], Any]:
     if block.outputs is None:
         return lambda hidden: hidden
     return lambda hidden: (hidden, *[None] * (block.outputs - 1))
+
+
+def _constant(form: Callable[[Tensor], Any], hidden: Tensor) -> Callable[..., Any]:
+    return lambda *args, **kwargs: form(hidden)
 
 
 @contextmanager

@@ -52,6 +52,7 @@ def compare_command(
     propagation: Annotated[str, typer.Option(help="Strengths of error propagation, comma-separated.")] = "1.0",
     residual: Annotated[str, typer.Option(help="Correct the residual stream too: on, off or both.")] = "on",
     damping: Annotated[str, typer.Option(help="Ridges of the Hessian, comma-separated.")] = "0.03",
+    tune_epochs: Annotated[str, typer.Option(help="Epochs of block tuning, comma-separated.")] = "0",
     group_size: Annotated[str, typer.Option(help="Group sizes, comma-separated; row = one scale per row.")] = "row",
     dataset: Annotated[str | None, typer.Option(help="Calibration text. Left out: the model writes its own.")] = None,
     text: TextOption = None,
@@ -80,14 +81,25 @@ def compare_command(
 
     common = {"num_samples": num_samples, "seq_len": seq_len, "seed": seed, "batch_size": batch_size}
     configs = [
-        QepConfig(method=m, bits=b, group_size=g, propagation=p, residual=r, damping=d, dataset=dataset, **common)
-        for m, b, g, p, r, d in itertools.product(
+        QepConfig(
+            method=m,
+            bits=b,
+            group_size=g,
+            propagation=p,
+            residual=r,
+            damping=d,
+            tune_epochs=t,
+            dataset=dataset,
+            **common,
+        )
+        for m, b, g, p, r, d, t in itertools.product(
             split(methods, "methods", str),
             split(bits, "bits", float),
             split(group_size, "group-size", lambda word: None if word == "row" else int(word)),
             split(propagation, "propagation", float),
             split(residual, "residual", _on_or_off),
             split(damping, "damping", float),
+            split(tune_epochs, "tune-epochs", int),
         )
         if r or p > 0  # without propagation there is no residual correction to switch off
     ]
@@ -118,7 +130,7 @@ def run_comparison(
     """Quantise a copy of `float_model` by each config and measure it; one JSON-able row per config, in order.
 
     float_model: is not changed; it and one copy are in memory at a time.
-    Every row has the recipe (method, bits, group_size, propagation, residual, damping), `status` ("ok" or
+    Every row has the recipe (method, bits, group_size, propagation, residual, damping, tune_epochs), `status` ("ok" or
     "impossible"), `reason`, bits_linear, bits_model, weight_bytes, seconds (of quantising), mean_error (relative
     layer error on the calibration rows), and measurements {value, stderr, n}: for language models kl,
     top1_agreement, perplexity, float_perplexity, bits_per_byte; for encoders cosine_distance, neighbour_overlap;
@@ -182,7 +194,7 @@ def _compare_one(
     )
 
 
-_RECIPE = ("method", "bits", "group_size", "propagation", "residual", "damping")
+_RECIPE = ("method", "bits", "group_size", "propagation", "residual", "damping", "tune_epochs")
 _COLUMNS = (
     *_RECIPE, "status", "reason", "bits_linear", "bits_model", "weight_bytes",
     "seconds", "mean_error", "kl", "top1_agreement", "perplexity", "float_perplexity", "bits_per_byte",
@@ -246,11 +258,11 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     tasks = sorted({name for row in done for name in row["tasks"]})
     if done and done[0]["float_perplexity"]:
         title += f" (float perplexity {done[0]['float_perplexity']['value']:.4g})"
-    columns = ["method", "bits", "group", "QEP", "residual", "damping", "bits, linears", "bits, model"]
+    columns = ["method", "bits", "group", "QEP", "residual", "damping", "tuned", "bits, linears", "bits, model"]
     table = [
         [
             row["method"], row["bits"], row["group_size"], row["propagation"],
-            "on" if row["residual"] and row["propagation"] else "off", row["damping"],
+            "on" if row["residual"] and row["propagation"] else "off", row["damping"], row["tune_epochs"],
             row["bits_linear"], row["bits_model"],
             *(_short(row[name]) for name in measured),
             *(_short(row["tasks"][name]["quantized"]) for name in tasks),

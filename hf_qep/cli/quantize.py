@@ -38,6 +38,12 @@ def quantize_command(
     propagation: Annotated[float, typer.Option(help="Strength of error propagation (QEP), 0 to 1.")] = 1.0,
     residual: Annotated[bool, typer.Option(help="Correct the error that the residual stream carries too.")] = True,
     damping: Annotated[float, typer.Option(help="Ridge of the Hessian, in units of its mean diagonal.")] = 0.03,
+    tune_epochs: Annotated[
+        int, typer.Option(help="Passes in which each block is trained towards the float model; 4 help much, 0: none.")
+    ] = 0,
+    tune_lookahead: Annotated[
+        int | None, typer.Option(help="Blocks between a tuned block and its loss. Left out: all, and the head.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and solvers.")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help="Module that stays float; may be repeated.")] = None,
     device: DeviceOption = "cpu",
@@ -59,8 +65,9 @@ def quantize_command(
 
     rows = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size}
     solver = {"propagation": propagation, "residual": residual, "damping": damping, "seed": seed}
+    tuning = {"tune_epochs": tune_epochs, "tune_lookahead": tune_lookahead}
     config = QepConfig(
-        bits=bits, method=method, group_size=group_size, dataset=dataset, skip_modules=skip, **rows, **solver
+        bits=bits, method=method, group_size=group_size, dataset=dataset, skip_modules=skip, **rows, **solver, **tuning
     )
     folder = resolve_model(model, revision)
     float_model, tokenizer = load_float_model(folder)

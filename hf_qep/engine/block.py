@@ -1,4 +1,4 @@
-"""One block: observe -> correct -> solve -> pack, group by group, then advance.
+"""One block: observe -> correct -> solve -> pack, group by group, then tune (if asked) and advance.
 
 The float stream runs through the block once, while its weights are still float, and leaves the inputs of every group
 behind.  The quantised stream then runs up to each group in turn, so a group sees the error of all groups before it,
@@ -26,6 +26,7 @@ from hf_qep.architectures.structure import Block, Group, LinearRef
 from hf_qep.config import QepConfig
 from hf_qep.engine.report import LayerReport, QuantizationReport
 from hf_qep.engine.streams import Stream, StreamStore
+from hf_qep.engine.tuning import TuningData, latents_of, tune_block
 from hf_qep.errors import ArchitectureError, NonFiniteError
 from hf_qep.methods.problem import LayerProblem
 from hf_qep.modules import PackedTensors, QepExpertWeight, packed_like, replace_module
@@ -46,6 +47,8 @@ class Job:
     quantized_stream: Stream
     store: StreamStore
     report: QuantizationReport
+    tuning: TuningData | None = None
+    """Present if blocks are to be tuned."""
 
     def strength(self, group: Group) -> float:
         """Propagation alpha of a group."""
@@ -71,6 +74,9 @@ def quantize_block(job: Job, index: int, block: Block) -> None:
             passes += 1
         side.stream.clear()
         _solve_group(job, group, moments)
+    if job.tuning is not None:
+        with job.timed("tune"):
+            tune_block(job, index, block)
     with job.timed("advance"):
         device = _device(job.model, block)
         for batch in range(len(job.quantized_stream)):
@@ -224,6 +230,8 @@ def _solve_linear(
     if ref.name not in packed:
         packed[ref.name] = packed_like(job.model, ref.name, spec)
     module = packed[ref.name]
+    if job.tuning is not None and ref.expert is None:
+        job.tuning.latents[ref.name] = latents_of(parts, module.format.assemble, target)
     tensors = {k: v.to(weight.device) for k, v in module.format.pack(parts, spec).items()}
     shipped = module.format.dequantize(tensors, spec, ref.out_features, ref.in_features, torch.float32)
     if isinstance(module, QepExpertWeight):

@@ -33,6 +33,8 @@ _RECIPE = [
     "skip_modules",
     "seed",
     "bias_correction",
+    "tune_epochs",
+    "tune_lookahead",
     "format_version",
 ]
 _PACKAGES = ("hf-qep", "torch", "transformers", "safetensors", "huggingface_hub", "tokenizers", "numpy")

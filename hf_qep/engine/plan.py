@@ -86,8 +86,8 @@ def plan_quantization(
     float_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     rest_bytes = float_bytes - weights * dtype.itemsize
     tokens = recipe.num_samples * recipe.seq_len
-    operations = _operations(linears, tokens, recipe)
     members = len(model.get_submodule(chain))
+    operations = _operations(linears, tokens, recipe) + _tuning_operations(model, weights, members, tokens, recipe)
     return Plan(
         parameters=parameters,
         quantized_weights=weights,
@@ -146,6 +146,16 @@ def _operations(linears: Sequence[LinearRef], tokens: int, recipe: QepConfig) ->
         total += (2.0 * products + 2.0) * ref.out_features * width**2 + FACTORISATIONS * width**3 / 3
         total += 4.0 * tokens * width**2 / 2  # H and C; about two linears share them
     return total
+
+
+def _tuning_operations(model: nn.Module, weights: int, blocks: int, tokens: int, recipe: QepConfig) -> float:
+    """Forward and backward from each block to where its loss is taken. A head is as large as the embedding."""
+    if not recipe.tune_epochs:
+        return 0.0
+    embedding = model.get_input_embeddings()
+    head = embedding.weight.numel() if recipe.tune_lookahead is None and isinstance(embedding, nn.Embedding) else 0
+    ahead = (blocks + 1) / 2 if recipe.tune_lookahead is None else min(recipe.tune_lookahead + 1, blocks)
+    return 6.0 * tokens * recipe.tune_epochs * (weights * ahead + head * blocks)
 
 
 def _workspace(linears: Sequence[LinearRef], tokens: int, blocks: int, dtype: torch.dtype) -> int:

@@ -29,6 +29,25 @@ class LayerReport:
     """Why propagation was off, if the architecture says so."""
 
 
+@dataclass(frozen=True)
+class BlockTuning:
+    """What tuning did to one block. Losses: see `engine.tuning`."""
+
+    block: str
+    trained_on: int
+    """Batches that were trained on."""
+    held_out: int
+    """Batches that were not."""
+    before: float
+    """Loss on the held-out batches as solved."""
+    after: float
+    """The same for what is stored; never more than `before`."""
+    epoch: int
+    """Epoch that was kept; 0 is none."""
+    flips: float
+    """Share of signs that were turned."""
+
+
 @dataclass
 class QuantizationReport:
     """Outcome of `quantize_model`."""
@@ -36,10 +55,12 @@ class QuantizationReport:
     layers: list[LayerReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """Modules that stay float, with the reason."""
+    tuning: list[BlockTuning] = field(default_factory=list)
+    """One entry per block, with `tune_epochs` only."""
     passes: list[tuple[int, int]] = field(default_factory=list)
     """(float passes, quantised passes) of every block."""
     seconds: Counter[str] = field(default_factory=Counter)
-    """Wall time by phase: float pass, observe, correct, solve, advance."""
+    """Wall time by phase: float pass, observe, correct, solve, tune, advance."""
     warnings: list[str] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
 

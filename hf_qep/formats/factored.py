@@ -74,6 +74,12 @@ def unpack(tensors: dict[str, Tensor], spec: Spec, out_features: int, in_feature
     }
 
 
+def assemble(parts: dict[str, Tensor]) -> Tensor:
+    """Dense float32 weight (out, in) of parts as `unpack` gives them, but signs as float +1 and -1; differentiable."""
+    left = parts["row_scale"].unsqueeze(-1) * parts["left"] * parts["middle_scale"]
+    return left @ (parts["right"] * parts["column_scale"])
+
+
 def dequantize(
     tensors: dict[str, Tensor], spec: Spec, out_features: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:

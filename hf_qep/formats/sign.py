@@ -86,6 +86,13 @@ def unpack(tensors: dict[str, Tensor], spec: Spec, out_features: int, in_feature
     return parts
 
 
+def assemble(parts: dict[str, Tensor]) -> Tensor:
+    """Dense float32 weight (out, in) of parts as `unpack` gives them, but signs as float +1 and -1; differentiable."""
+    rows = parts["row_scale"]
+    dense = (parts["signs"].unflatten(-1, (rows.shape[-1], -1)) * rows.unsqueeze(-1)).flatten(-2)
+    return dense * parts["column_scale"] if "column_scale" in parts else dense
+
+
 def dequantize(
     tensors: dict[str, Tensor], spec: Spec, out_features: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:

@@ -5,10 +5,12 @@ ADMM finds the signs in the diagonal metric; exact refits give the scales in the
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hf_qep.algorithms.admm import balance, factorise, refit
 from hf_qep.algorithms.moments import cholesky_damped
+from hf_qep.algorithms.straight_through import start_latents
 from hf_qep.errors import BitsError, ConfigError
 from hf_qep.formats import factored
 from hf_qep.methods.problem import LayerProblem
@@ -51,6 +53,8 @@ def solve(problem: LayerProblem) -> dict[str, Tensor]:
     return {
         "left": found.left,
         "right": found.right,
+        "left_latent": start_latents(found.left, torch.where(found.left, found.left_size, -found.left_size)),
+        "right_latent": start_latents(found.right, torch.where(found.right, found.right_size, -found.right_size)),
         "row_scale": found.row_scale,
         "middle_scale": found.middle_scale,
         "column_scale": found.column_scale,

@@ -17,8 +17,9 @@ def planted(out_features=24, in_features=32, rank=3):
         return torch.rand(size, generator=generator) + 0.5
 
     return FactoredWeight(
-        signs(out_features, rank), signs(rank, in_features), scale(out_features), scale(rank), scale(in_features)
-    )
+        signs(out_features, rank), signs(rank, in_features), scale(out_features), scale(rank), scale(in_features),
+        torch.ones(out_features, rank), torch.ones(rank, in_features),
+    )  # fmt: skip
 
 
 def solve(weight, rank, importance=None, seed=0):

@@ -144,3 +144,16 @@ def test_gradients_reach_the_input_and_trained_scales(name):
     scales = [t for t in layer.tensors().values() if t.is_floating_point()]
     assert all(t.dtype == torch.float32 and t.grad.abs().max() > 0 for t in scales)
     assert all(t.dtype in (torch.int32, torch.float16) for t in layer.packed_state().values())
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), cases())
+def test_parts_are_put_together_as_defined_and_every_part_gets_a_gradient(name, options, shape):
+    module = FORMATS.get(name)
+    parts = random_parts(module, module.Spec(**options), *shape)
+    floats = {
+        k: (p.float() * 2 - 1 if p.dtype == torch.bool else p.float()).requires_grad_(True) for k, p in parts.items()
+    }
+    made, expected = module.assemble(floats), dense(name, parts, *shape)
+    assert (made.detach() - expected).abs().max() <= 1e-5 * expected.abs().max()
+    made.square().sum().backward()
+    assert all(torch.isfinite(f.grad).all() and f.grad.shape == f.shape for f in floats.values())

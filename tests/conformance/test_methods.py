@@ -43,7 +43,9 @@ def test_any_shape_is_solved_and_survives_packing(name, shape):
     assert dense.shape == weight.shape and torch.isfinite(dense).all()
     format_ = FORMATS.get(METHODS.get(name).FORMAT)
     back = format_.unpack(format_.pack(parts, spec), spec, *shape)
+    latents = {key.removesuffix("_latent"): parts.pop(key) for key in list(parts) if key.endswith("_latent")}
     assert back.keys() == parts.keys()
+    assert all(torch.equal(latent >= 0, parts[key]) for key, latent in latents.items())
     for key, part in parts.items():
         assert back[key].shape == part.shape
         torch.testing.assert_close(back[key].float(), part.float(), rtol=1e-3, atol=1e-6)
