@@ -79,30 +79,17 @@ def compare_command(
     from hf_qep.engine.source import load_float_model, resolve_model
     from hf_qep.evaluation.pair import EvalOptions
 
+    grid = {
+        "method": split(methods, "methods", str),
+        "bits": split(bits, "bits", float),
+        "group_size": split(group_size, "group-size", lambda word: None if word == "row" else int(word)),
+        "propagation": split(propagation, "propagation", float),
+        "residual": split(residual, "residual", _on_or_off),
+        "damping": split(damping, "damping", float),
+        "tune_epochs": split(tune_epochs, "tune-epochs", int),
+    }
     common = {"num_samples": num_samples, "seq_len": seq_len, "seed": seed, "batch_size": batch_size}
-    configs = [
-        QepConfig(
-            method=m,
-            bits=b,
-            group_size=g,
-            propagation=p,
-            residual=r,
-            damping=d,
-            tune_epochs=t,
-            dataset=dataset,
-            **common,
-        )
-        for m, b, g, p, r, d, t in itertools.product(
-            split(methods, "methods", str),
-            split(bits, "bits", float),
-            split(group_size, "group-size", lambda word: None if word == "row" else int(word)),
-            split(propagation, "propagation", float),
-            split(residual, "residual", _on_or_off),
-            split(damping, "damping", float),
-            split(tune_epochs, "tune-epochs", int),
-        )
-        if r or p > 0  # without propagation there is no residual correction to switch off
-    ]
+    configs = [QepConfig(dataset=dataset, **common, **recipe) for recipe in recipes(grid)]
     texts, source = read_held_out(text)
     options = EvalOptions(window, stride, bos, max_tokens=max_tokens, batch_size=batch_size, limit=limit, seed=seed)
     held_out = HeldOut(texts, source, choose_tasks(tasks, tasks_dir, limit, seed), options)
@@ -116,6 +103,12 @@ def compare_command(
         output.print_json({"model": model, "text": source, "calibration": calibration.description, "rows": rows})
     else:
         show(rows, f"{model} on {source}")
+
+
+def recipes(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values, in order; without propagation there is no residual correction to switch off."""
+    found = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return [recipe for recipe in found if recipe["residual"] or recipe["propagation"] > 0]
 
 
 def run_comparison(

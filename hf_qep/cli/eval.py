@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_qep.evaluation.pair import EvalOptions
     from hf_qep.evaluation.record import EvalRecord
     from hf_qep.evaluation.retention import Interval
+    from hf_qep.evaluation.samples import Samples
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "demo_text" / "held_out.txt"
 
@@ -38,6 +39,9 @@ WindowOption = Annotated[int | None, typer.Option(help="Tokens per window. Left 
 StrideOption = Annotated[int | None, typer.Option(help="New tokens per window. Left out: half the window.")]
 BosOption = Annotated[str, typer.Option(help="Where BOS stands: auto, window, document or none.")]
 MaxTokensOption = Annotated[int | None, typer.Option(help="Score no more of the text than this.")]
+SamplesOption = Annotated[
+    int, typer.Option(help="Prompts that both models continue, for the model card; 0: none.", min=0, max=64)
+]
 
 
 def eval_command(
@@ -59,6 +63,7 @@ def eval_command(
     batch_size: Annotated[int, typer.Option(help="Windows or prompts per forward pass.")] = 4,
     num_fewshot: Annotated[int, typer.Option(help="Solved examples per question, for tasks of lm_eval.")] = 0,
     speed: Annotated[bool, typer.Option("--speed", help="Also time both models and take their peak memory.")] = False,
+    samples: SamplesOption = 4,
     seed: Annotated[int, typer.Option(help="Seed of the items that --limit draws.")] = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
@@ -82,14 +87,19 @@ def eval_command(
         seed=seed,
         speed=SpeedOptions() if speed else None,
     )
-    record = evaluate_checkpoint(job, *read_held_out(text), choose_tasks(tasks, tasks_dir, limit, seed), options)
-    written = record.write(out or Path(model_dir)) if out or Path(model_dir).is_dir() else None
+    held_out, source = read_held_out(text)
+    pair = load_pair(job)
+    record = pair.evaluate(held_out, source, choose_tasks(tasks, tasks_dir, limit, seed), options)
+    # The record is safe before the samples are tried: they are the smaller part.
+    files = [record.write(out or Path(model_dir))] if out or Path(model_dir).is_dir() else []
+    if files and (recorded := pair.samples(held_out, record, samples)):
+        files.append(recorded.write(files[0].parent))
     if as_json:
         output.print_json(record.to_dict())
         return
     show(record)
-    if written and not quiet:
-        output.note(f"Record: {written}")
+    if files and not quiet:
+        output.note(f"Record: {', '.join(map(str, files))}")
 
 
 @dataclass(frozen=True)
@@ -110,32 +120,58 @@ class Job:
         to_dtype(self.dtype)
 
 
-def evaluate_checkpoint(job: Job, texts: list[str], source: str, tasks: list[Any], options: EvalOptions) -> EvalRecord:
-    """Load both models and measure them. Raises QepError."""
+@dataclass(frozen=True)
+class Pair:
+    """Both models, loaded."""
+
+    job: Job
+    float_model: Any
+    quantized_model: Any
+    tokenizer: Any
+    folder: Path
+    baseline_name: str
+    baseline_folder: Path
+
+    def evaluate(self, texts: list[str], source: str, tasks: list[Any], options: EvalOptions) -> EvalRecord:
+        """Measure them. Raises QepError."""
+        from hf_qep.evaluation.environment import command_line
+        from hf_qep.evaluation.pair import evaluate_pair
+
+        return evaluate_pair(
+            self.float_model,
+            self.quantized_model,
+            self.tokenizer,
+            texts,
+            tasks=tasks,
+            options=options,
+            source=source,
+            subject_name=self.job.subject,
+            baseline_name=self.baseline_name,
+            subject_folder=self.folder,
+            baseline_folder=self.baseline_folder,
+            command=command_line(),
+            progress=Progress(self.job.quiet),
+        )
+
+    def samples(self, texts: list[str], record: EvalRecord, count: int) -> Samples | None:
+        """What both write after `count` prompts; None if they write nothing."""
+        from hf_qep.evaluation.samples import record_samples
+
+        models = (self.float_model, self.quantized_model)
+        return record_samples(*models, self.tokenizer, texts, record, count=count, progress=Progress(self.job.quiet))
+
+
+def load_pair(job: Job) -> Pair:
+    """Load the checkpoint and its float original. Raises QepError."""
     from hf_qep.engine.source import load_float_model, resolve_model
-    from hf_qep.evaluation.environment import command_line
-    from hf_qep.evaluation.pair import evaluate_pair
 
     folder = resolve_model(job.subject)
     name, revision = (job.baseline, None) if job.baseline else manifest_baseline(folder)
     baseline_folder = resolve_baseline(name, revision, given=job.baseline is not None)
     place, stored_as = to_device(job.device), to_dtype(job.dtype)
     float_model, tokenizer = load_float_model(baseline_folder, stored_as or "auto")
-    return evaluate_pair(
-        float_model.to(place),
-        load_quantized(folder, type(float_model), stored_as).to(place),
-        tokenizer,
-        texts,
-        tasks=tasks,
-        options=options,
-        source=source,
-        subject_name=job.subject,
-        baseline_name=name,
-        subject_folder=folder,
-        baseline_folder=baseline_folder,
-        command=command_line(),
-        progress=Progress(job.quiet),
-    )
+    quantized = load_quantized(folder, type(float_model), stored_as).to(place)
+    return Pair(job, float_model.to(place), quantized, tokenizer, folder, name, baseline_folder)
 
 
 def manifest_baseline(folder: Path) -> tuple[str, str | None]:

@@ -21,6 +21,8 @@ CALIBRATION_HELP = (
     "weighted mix (a.txt*0.7,b.jsonl*0.3). Left out: the model writes its own."
 )
 DTYPE_HELP = f"Dtype to compute in: auto (as stored), {', '.join(DTYPES)}. The files keep the stored one."
+TUNE_HELP = "Passes in which each block is trained towards the float model; 4 help much. 0: none."
+LOOKAHEAD_HELP = "Blocks between a tuned block and its loss. Left out: all, and the head."
 BITS_HELP = "Bits per weight: 1.0; with `factored` 0.3 to 2.5, scales included."
 
 
@@ -38,12 +40,8 @@ def quantize_command(
     propagation: Annotated[float, typer.Option(help="Strength of error propagation (QEP), 0 to 1.")] = 1.0,
     residual: Annotated[bool, typer.Option(help="Correct the error that the residual stream carries too.")] = True,
     damping: Annotated[float, typer.Option(help="Ridge of the Hessian, in units of its mean diagonal.")] = 0.03,
-    tune_epochs: Annotated[
-        int, typer.Option(help="Passes in which each block is trained towards the float model; 4 help much, 0: none.")
-    ] = 0,
-    tune_lookahead: Annotated[
-        int | None, typer.Option(help="Blocks between a tuned block and its loss. Left out: all, and the head.")
-    ] = None,
+    tune_epochs: Annotated[int, typer.Option(help=TUNE_HELP)] = 0,
+    tune_lookahead: Annotated[int | None, typer.Option(help=LOOKAHEAD_HELP)] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and solvers.")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help="Module that stays float; may be repeated.")] = None,
     device: DeviceOption = "cpu",
@@ -65,10 +63,8 @@ def quantize_command(
 
     rows = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size}
     solver = {"propagation": propagation, "residual": residual, "damping": damping, "seed": seed}
-    tuning = {"tune_epochs": tune_epochs, "tune_lookahead": tune_lookahead}
-    config = QepConfig(
-        bits=bits, method=method, group_size=group_size, dataset=dataset, skip_modules=skip, **rows, **solver, **tuning
-    )
+    solver |= {"tune_epochs": tune_epochs, "tune_lookahead": tune_lookahead, "skip_modules": skip}
+    config = QepConfig(bits=bits, method=method, group_size=group_size, dataset=dataset, **rows, **solver)
     folder = resolve_model(model, revision)
     float_model, tokenizer = load_float_model(folder)
     stored_as = float_model.dtype

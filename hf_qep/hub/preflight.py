@@ -246,7 +246,7 @@ def _check_record(report: FolderReport) -> None:
 
 
 def _check_card(report: FolderReport) -> None:
-    from hf_qep.hub.card import card_problems
+    from hf_qep.hub.cards.card import card_problems
 
     path = report.folder / "README.md"
     if path.is_file():

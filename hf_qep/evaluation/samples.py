@@ -1,0 +1,279 @@
+"""Recorded samples `hf_qep_samples.json`: what both models write after the same prompts, greedily and unedited.
+
+    schema            "hf_qep_samples"
+    schema_version    1; a reader refuses a higher one
+    created           UTC date and time, ISO 8601
+    environment       versions, platform, processor, cores, memory, accelerator, threads
+    subject           the quantised model: name, sha256 of each weight file
+    baseline          the float model: name, revision
+    max_new_tokens    limit of each continuation
+    do_sample         false: the most probable token is taken each time
+    items             prompt, continuation of both models, agreement, note
+
+`agreement` is the share of positions at which both continuations have the same token; once they part, they seldom meet
+again. Samples show how a model fails, scores how often: one is no substitute for the other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import nn
+
+from hf_qep.errors import CheckpointError, FormatVersionError
+from hf_qep.evaluation import schema
+from hf_qep.evaluation.environment import Environment
+from hf_qep.evaluation.record import EvalRecord
+from hf_qep.evaluation.speed import generates_text
+from hf_qep.files import write_text_aside
+from hf_qep.progress import SILENT, Progress
+
+FILE_NAME = "hf_qep_samples.json"
+SCHEMA_VERSION = 1
+MAX_NEW_TOKENS = 48
+OPENING_TOKENS = 24
+"""Tokens of held-out text that make a prompt."""
+HEADING = 40
+"""A shorter first line that ends without punctuation is taken for a heading, which is no opening."""
+_STARTS = re.compile(r"(?:\A|\n\s*\n|[.!?。！？][\"'”’)]*\s+)(?=\S)")
+"""Where a text, a paragraph or a sentence begins."""
+CHAT_NOTE = "asked through the chat template"
+CHAT_PROMPTS = (
+    "Explain in two sentences why the sky is blue.",
+    "A train leaves at 14:10 and arrives at 16:45. How long does it travel?",
+    "Write a Python function that reverses a list.",
+    "Write a short letter to a neighbour whose dog barks at night.",
+    "日本の首都はどこですか。一文で答えてください。",
+    "Name three differences between a frog and a toad.",
+    "Translate into French: The ferry leaves in ten minutes.",
+    "What should I do if I cannot sleep?",
+)
+"""Questions for models with a chat template; the first ones are the ones that are asked."""
+
+
+@dataclass(frozen=True)
+class SampleItem:
+    """One prompt and what both models made of it."""
+
+    prompt: Annotated[str, "text, or the user's message if the note says so"]
+    baseline: Annotated[str, "continuation of the float model, unedited"]
+    subject: Annotated[str, "continuation of the quantised model, unedited"]
+    agreement: Annotated[float, "share of positions at which both continuations have the same token, 0 to 1"]
+    note: Annotated[str | None, "what must be said beside it"] = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.agreement <= 1:
+            raise ValueError(f"an agreement lies between 0 and 1, not at {self.agreement}")
+
+
+@dataclass(frozen=True)
+class SampleSubject:
+    """The quantised model."""
+
+    name: Annotated[str, "Hub id, or the name of its folder without the path"]
+    sha256: Annotated[dict[str, str], "weight file -> hex digest"]
+
+
+@dataclass(frozen=True)
+class SampleBaseline:
+    """The float model."""
+
+    name: Annotated[str, "Hub id, or the name of its folder without the path"]
+    revision: Annotated[str | None, "commit on the Hub; null for a local folder"] = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Continuations of a quantised model beside those of its original."""
+
+    subject: Annotated[SampleSubject, "the quantised model"]
+    baseline: Annotated[SampleBaseline, "the float model"]
+    environment: Annotated[Environment, "software and hardware"]
+    max_new_tokens: Annotated[int, "limit of each continuation"]
+    items: Annotated[tuple[SampleItem, ...], "the samples, in the order of the prompts"]
+    do_sample: Annotated[Literal[False], "greedy: the most probable token each time"] = False
+    created: Annotated[str, "UTC, ISO 8601"] = field(
+        default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds")
+    )
+    schema: Annotated[Literal["hf_qep_samples"], "kind of file"] = "hf_qep_samples"
+    schema_version: Annotated[int, "raised with every change of the fields"] = SCHEMA_VERSION
+
+    @property
+    def worst(self) -> int | None:
+        """Index of the sample on which the models agree least, None without samples."""
+        return min(range(len(self.items)), key=lambda i: self.items[i].agreement, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; `schema` and `schema_version` come first."""
+        values = schema.to_json(self)
+        return {"schema": values.pop("schema"), "schema_version": values.pop("schema_version"), **values}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Samples:
+        """Validate and build. Raises FormatVersionError for a newer schema, CheckpointError for anything malformed."""
+        if not isinstance(values, dict) or values.get("schema") != "hf_qep_samples":
+            raise CheckpointError("these are no recorded samples: their `schema` is not 'hf_qep_samples'")
+        version = values.get("schema_version")
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise FormatVersionError(
+                f"these recorded samples have schema version {version} and this hf_qep reads up to {SCHEMA_VERSION}; "
+                "run: pip install --upgrade hf-qep"
+            )
+        try:
+            return schema.from_json(cls, values, "samples")
+        except schema.SchemaError as error:
+            raise CheckpointError(f"the recorded samples are malformed: {error}") from error
+
+    def write(self, path: Path) -> Path:
+        """Write to the file `path`, or to `hf_qep_samples.json` in the folder `path`, in one step; returns the file."""
+        path = path / FILE_NAME if path.is_dir() else path
+        write_text_aside(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Samples:
+        """Read a file of samples, or that of a folder. Raises CheckpointError or FormatVersionError."""
+        path = path / FILE_NAME if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"there are no recorded samples {path.name!r}; run: hf-qep eval") from error
+        except ValueError as error:
+            raise CheckpointError(f"the recorded samples {path.name!r} are not JSON: {error}") from error
+        return cls.from_dict(values)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of `hf_qep_samples.json`."""
+    return schema.json_schema(Samples)
+
+
+def record_samples(
+    float_model: nn.Module,
+    quantized_model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    record: EvalRecord,
+    *,
+    count: int = 4,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: Progress = SILENT,
+) -> Samples | None:
+    """Let both models continue `count` prompts; None for models that are no causal language models, or for count 0.
+
+    texts: held-out documents, of which openings are the prompts; with a chat template questions are asked instead.
+    record: says which models these are.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", None) or tokenizer
+    if count < 1 or tokenizer is None or not generates_text(float_model):
+        return None
+    prompts = choose_prompts(tokenizer, texts, count)
+    items = []
+    with progress.bar("samples", len(prompts), "prompt") as bar:
+        for prompt, note in prompts:
+            ids = _encode(tokenizer, prompt, chat=note is not None)
+            theirs, ours = (_continue(m, ids, tokenizer, max_new_tokens) for m in (float_model, quantized_model))
+            said = [tokenizer.decode(out, skip_special_tokens=True) for out in (theirs, ours)]
+            items.append(SampleItem(prompt, *said, agreement(theirs, ours), note))
+            bar.advance()
+    return Samples(
+        subject=SampleSubject(record.subject.name, record.subject.sha256),
+        baseline=SampleBaseline(record.baseline.name, record.baseline.revision),
+        environment=record.environment,
+        max_new_tokens=max_new_tokens,
+        items=tuple(items),
+    )
+
+
+def choose_prompts(tokenizer: Any, texts: Sequence[str], count: int) -> list[tuple[str, str | None]]:
+    """(prompt, note) of each sample: questions if there is a chat template, else openings from evenly spaced places."""
+    asked = [(question, CHAT_NOTE) for question in CHAT_PROMPTS] if getattr(tokenizer, "chat_template", None) else []
+    prompts: list[tuple[str, str | None]] = asked[:count]
+    if len(prompts) < count:
+        prompts += [(opening, None) for opening in openings(tokenizer, texts, count - len(prompts))]
+    return prompts
+
+
+def openings(tokenizer: Any, texts: Sequence[str], count: int, tokens: int = OPENING_TOKENS) -> list[str]:
+    """Beginnings of sentences at `count` evenly spaced places, about `tokens` tokens each, cut between words.
+
+    There are fewer if the texts are too short for that many.
+    """
+    text = "\n\n".join(texts)
+    starts = [match.end() for match in _STARTS.finditer(text)]
+    found: dict[str, None] = {}
+    for place in range(count):
+        after = (start for start in starts if start >= place * len(text) // count)
+        parts = (" ".join(_paragraph(text[start : start + 40 * tokens]).split()) for start in after)
+        fitting = (opening for part in parts if (opening := _opening(tokenizer, part, tokens)) and opening not in found)
+        found |= dict.fromkeys(x for x in [next(fitting, None)] if x)
+    return list(found)
+
+
+def agreement(theirs: Sequence[int], ours: Sequence[int]) -> float:
+    """Share of positions with equal tokens; 1 for two empty continuations."""
+    longest = max(len(theirs), len(ours))
+    return sum(a == b for a, b in zip(theirs, ours, strict=False)) / longest if longest else 1.0
+
+
+def _paragraph(text: str) -> str:
+    """The text up to its first empty line; nothing if it begins with a heading."""
+    first = text.partition("\n")[0].rstrip()
+    heading = len(first) < len(text) and len(first) < HEADING and not re.search(r"[.!?,;:。！？、」”’\"']$", first)
+    return "" if heading else re.split(r"\n\s*\n", text, maxsplit=1)[0]
+
+
+def _opening(tokenizer: Any, paragraph: str, tokens: int) -> str | None:
+    """The first words of a paragraph that are no more than `tokens` tokens; None if it is not longer than that."""
+    ids = tokenizer(paragraph, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) <= tokens:
+        return None
+    begun = tokenizer.decode(ids[:tokens], skip_special_tokens=True)
+    kept = next((n for n in range(len(begun)) if begun[n] != paragraph[n : n + 1]), len(begun))
+    head, space, _ = paragraph[:kept].rpartition(" ")
+    return (head if space else paragraph[:kept]).strip() or None
+
+
+def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> torch.Tensor:
+    """(1, tokens) ids with the special tokens that the model was trained with."""
+    if not chat:
+        return torch.tensor([tokenizer(prompt)["input_ids"]])
+    messages = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return torch.tensor([ids["input_ids"]])
+
+
+def _continue(model: Any, ids: torch.Tensor, tokenizer: Any, max_new_tokens: int) -> list[int]:
+    """New tokens after `ids`, the most probable one each time.
+
+    An own loop, because `generate` mixes in what the model's generation config prefers, such as a repetition penalty.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    ends = _ends(model, tokenizer)
+    step = all_ids = ids.to(next(model.parameters()).device)
+    cache, found = None, []
+    with torch.inference_mode():
+        for _ in range(min(max_new_tokens, longest - ids.shape[1])):
+            out = model(input_ids=step, past_key_values=cache, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+            if token.item() in ends:
+                break
+            found.append(int(token))
+            all_ids = torch.cat([all_ids, token.to(all_ids.device)], dim=1)
+            cache = getattr(out, "past_key_values", None)
+            step = all_ids if cache is None else all_ids[:, -1:]
+    return found
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
