@@ -7,17 +7,25 @@ file_bytes    bytes of the weight files as they lie on disk
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_qep.modules import PackedTensors, packed_modules
 
 
-def bits_report(model: nn.Module, folder: Path | None = None) -> dict[str, Any]:
-    """Keys bits_linear, bits_model, linear_weights, model_weights, weight_bytes and, with a folder, file_bytes."""
+def bits_report(
+    model: nn.Module, folder: Path | None = None, *, stored_as: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Keys bits_linear, bits_model, linear_weights, model_weights, weight_bytes and, with a folder, file_bytes.
+
+    weight_bytes is what the model takes in memory. The dtype that it computes in is not always that of its files, so
+    bits_model counts what the files in `folder` hold, or else float weights as `stored_as`, or else as they are.
+    """
     packed = packed_modules(model)
     linear_bits = sum(8 * t.numel() * t.element_size() for m in packed.values() for t in m.packed_state().values())
     linear_weights = sum(_weights(m) for m in packed.values())
@@ -25,9 +33,12 @@ def bits_report(model: nn.Module, folder: Path | None = None) -> dict[str, Any]:
     others = {id(t): t for t in _stored(model) if id(t) not in packed_ids}
     other_bits = sum(8 * t.numel() * t.element_size() for t in others.values())
     other_weights = sum(t.numel() for t in others.values())
+    stored_bits = linear_bits + _stored_bits(list(others.values()), stored_as)
+    if folder is not None and (found := sorted(folder.glob("*.safetensors"))):
+        stored_bits = 8 * sum(map(_payload, found))
     report = {
         "bits_linear": linear_bits / linear_weights if linear_weights else None,
-        "bits_model": (linear_bits + other_bits) / max(1, linear_weights + other_weights),
+        "bits_model": stored_bits / max(1, linear_weights + other_weights),
         "linear_weights": linear_weights,
         "model_weights": linear_weights + other_weights,
         "weight_bytes": (linear_bits + other_bits) // 8,
@@ -35,6 +46,18 @@ def bits_report(model: nn.Module, folder: Path | None = None) -> dict[str, Any]:
     if folder is not None:
         report["file_bytes"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return report
+
+
+def _stored_bits(tensors: list[Tensor], dtype: torch.dtype | None) -> int:
+    sizes = [dtype.itemsize if dtype and t.is_floating_point() else t.element_size() for t in tensors]
+    return sum(8 * t.numel() * size for t, size in zip(tensors, sizes, strict=True))
+
+
+def _payload(file: Path) -> int:
+    """Bytes of the tensors in a safetensors file: all but its header, whose length the first eight bytes give."""
+    with file.open("rb") as opened:
+        (header,) = struct.unpack("<Q", opened.read(8))
+    return file.stat().st_size - 8 - header
 
 
 def _stored(model: nn.Module) -> Iterator[Tensor]:

@@ -29,6 +29,8 @@ from hf_qep.errors import ConfigError
 from hf_qep.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    import torch
+
     from hf_qep.config import QepConfig
     from hf_qep.engine.calibration import Calibration
     from hf_qep.evaluation.pair import EvalOptions
@@ -43,6 +45,8 @@ class HeldOut:
     source: str | None = None
     tasks: Sequence[Task] = ()
     options: EvalOptions | None = None
+    stored_as: torch.dtype | None = None
+    """dtype in the files of what stays float, if the models compute in another one"""
 
 
 def compare_command(
@@ -73,7 +77,7 @@ def compare_command(
     as_json: output.JsonOption = False,
 ) -> None:
     """Quantise a model in memory by every combination of the options and measure each on the same text."""
-    place, stored_as = to_device(device), to_dtype(dtype)
+    place, compute_as = to_device(device), to_dtype(dtype)
     from hf_qep.config import QepConfig
     from hf_qep.engine.calibration import load_calibration
     from hf_qep.engine.source import load_float_model, resolve_model
@@ -92,9 +96,9 @@ def compare_command(
     configs = [QepConfig(dataset=dataset, **common, **recipe) for recipe in recipes(grid)]
     texts, source = read_held_out(text)
     options = EvalOptions(window, stride, bos, max_tokens=max_tokens, batch_size=batch_size, limit=limit, seed=seed)
-    held_out = HeldOut(texts, source, choose_tasks(tasks, tasks_dir, limit, seed), options)
-    float_model, tokenizer = load_float_model(resolve_model(model), stored_as or "auto")
-    float_model = float_model.to(place)
+    float_model, tokenizer = load_float_model(resolve_model(model))
+    held_out = HeldOut(texts, source, choose_tasks(tasks, tasks_dir, limit, seed), options, float_model.dtype)
+    float_model = float_model.to(device=place, dtype=compute_as)
     calibration = load_calibration(
         dataset, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed, model=float_model
     )
@@ -170,7 +174,7 @@ def _compare_one(
         if held_out.tasks
         else ()
     )
-    stored = bits_report(quantized)
+    stored = bits_report(quantized, stored_as=held_out.stored_as)
     errors = [layer.error for layer in report.layers]
     return (
         row
