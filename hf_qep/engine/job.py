@@ -18,7 +18,7 @@ from hf_qep.engine.block import Job, quantize_block
 from hf_qep.engine.calibration import Calibration, advise
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.engine.streams import StreamStore
-from hf_qep.engine.tuning import ROWS, tuning_data
+from hf_qep.engine.tuning import rows_per_step, tuning_data
 from hf_qep.errors import AlreadyQuantizedError, ArchitectureError
 from hf_qep.modules import QepExpertWeight, packed_modules
 from hf_qep.progress import SILENT, Progress
@@ -48,7 +48,8 @@ def quantize_model(
     if packed_modules(model) or getattr(model, "is_quantized", False):
         raise AlreadyQuantizedError("this model is quantised already; start from the float model")
     model.eval()
-    batches = calibration.batches(min(config.batch_size, ROWS) if config.tune_epochs else config.batch_size)
+    rows = rows_per_step(calibration.inputs) if config.tune_epochs else config.batch_size
+    batches = calibration.batches(min(rows, config.batch_size))
     structure = describe(model, _sample(batches[0]), config.skip_modules or ())
     _check_shapes(structure, config)
     report = QuantizationReport(skipped=dict(structure.skipped), calibration=dict(calibration.description))

@@ -39,8 +39,9 @@ SIGN_RATE, SCALE_RATE = 1e-2, 3e-3
 """Adam's steps, of latents in units of their scale, and of everything else relative to its size; both fall as a cosine
 to 0. A factor of three in either changes the outcome by less than twice the epochs do."""
 BETAS = (0.9, 0.95)
-ROWS = 2
-"""Rows per step: many small steps turn more signs for the better than few large ones, at the same cost."""
+STEP_TOKENS = 512
+"""Tokens per step, about: many small steps turn more signs for the better than few large ones, at the same cost, until
+they are too noisy."""
 NORM_EPS = 1e-6
 TEACHER_BYTES, LEAST_CLASSES = 1 << 29, 64
 """Room for the outputs of the float model, and classes kept per token where that is not enough for all of them. What
@@ -58,6 +59,13 @@ class TuningData:
     """Output of the float model for each batch; empty with a lookahead."""
     latents: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Linear of the present block -> latents of its sign matrices."""
+
+
+def rows_per_step(inputs: dict[str, Tensor]) -> int:
+    """Rows that have about STEP_TOKENS tokens. inputs: of the model; a row of token ids is as long as it is, one of
+    anything else (an image) counts as half a step."""
+    length = max((value.shape[1] for value in inputs.values() if value.ndim == 2), default=STEP_TOKENS // 2)
+    return max(1, STEP_TOKENS // length)
 
 
 @torch.no_grad()

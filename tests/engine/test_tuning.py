@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_qep.config import QepConfig
-from hf_qep.engine import job, tuning
+from hf_qep.engine import tuning
 from hf_qep.engine.calibration import load_calibration
 from hf_qep.engine.job import quantize_model
 from hf_qep.modules import packed_modules
@@ -20,9 +20,9 @@ FEW = 24
 
 
 @pytest.fixture(autouse=True)
-def more_rows_per_step(monkeypatch):
-    """The rows of these tests are short."""
-    monkeypatch.setattr(job, "ROWS", 8)
+def fewer_tokens_per_step(monkeypatch):
+    """Eight rows: the calibration of these tests is small."""
+    monkeypatch.setattr(tuning, "STEP_TOKENS", 8 * LENGTH)
 
 
 def calibration(model, family="llama", rows=ROWS):
@@ -134,6 +134,13 @@ def test_one_batch_leaves_nothing_to_hold_out_so_nothing_is_tuned():
     model = sharpened()
     _, report = run(model, rows=8)
     assert report.tuning == []
+
+
+@pytest.mark.parametrize(("length", "rows"), [(16, 8), (128, 1), (1000, 1), (5, 25)])
+def test_a_step_has_about_the_same_number_of_tokens_whatever_the_length_of_a_row(length, rows):
+    assert (
+        tuning.rows_per_step({"input_ids": torch.zeros(40, length), "attention_mask": torch.zeros(40, length)}) == rows
+    )
 
 
 @pytest.mark.parametrize(("option", "value"), [("tune_epochs", -1), ("tune_epochs", 1.5), ("tune_lookahead", -2)])
