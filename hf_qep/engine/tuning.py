@@ -39,7 +39,7 @@ SIGN_RATE, SCALE_RATE = 1e-2, 3e-3
 """Adam's steps, of latents in units of their scale, and of everything else relative to its size; both fall as a cosine
 to 0. A factor of three in either changes the outcome by less than twice the epochs do."""
 BETAS = (0.9, 0.95)
-STEP_TOKENS = 512
+STEP_TOKENS = 256
 """Tokens per step, about: many small steps turn more signs for the better than few large ones, at the same cost, until
 they are too noisy."""
 NORM_EPS = 1e-6
