@@ -159,7 +159,6 @@ class _Tuner:
         count = len(job.quantized_stream)
         held = max(1, count // HELD_OUT)
         self.train, self.held = list(range(count - held)), list(range(count - held, count))
-        self.packed = linears
         self.linears = {name: TunedLinear(module, self.data.latents[name]) for name, module in linears.items()}
         self.plain = [_Plain(p) for p in _vectors(job.model.get_submodule(block.name))]
         self.weight = None if job.config.tune_lookahead is None else _next_norm(job.model, self.data, self._last())
