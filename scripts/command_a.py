@@ -193,12 +193,15 @@ def push_command(
 ) -> None:
     """Publish the folder under the recipe's name, private unless --public, with the gate of the base model."""
     recipe = find(name)
-    push = ["push", str(folder), f"{namespace}/{recipe.card_name}"]
+    repo = f"{namespace}/{recipe.card_name}"
+    # Again, because only now the name that readers must load is known.
+    card = ["card", str(folder), "--repo-id", repo, "--quantized-by", namespace]
+    push = ["push", str(folder), repo]
     push += ["--gated", "auto"] if recipe.gated else []
     push += ["--public"] if public else []
     push += ["--accept-license"] if accept_license else []
     push += ["--dry-run"] if dry_run else []
-    carry_out([push], only_print)
+    carry_out([card, push], only_print)
 
 
 def commit_of(model: str) -> str:

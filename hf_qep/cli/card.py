@@ -69,6 +69,7 @@ def card_command(
 
 
 def _show(folder: Path, facts: CardFacts, written: Written, notes: list[str], *, as_json: bool, quiet: bool) -> None:
+    gate = facts.base.gated or ("auto" if facts.decision.gate else "none")
     files = [written.card, *filter(None, [written.plot]), *written.results]
     if as_json:
         output.print_json(
@@ -79,7 +80,7 @@ def _show(folder: Path, facts: CardFacts, written: Written, notes: list[str], *,
                 "base_model_verified": facts.base_seen,
                 "licence": facts.licence,
                 "licence_decision": facts.decision.reason,
-                "gate": facts.base.gated or ("auto" if facts.decision.gate else "none"),
+                "gate": gate,
                 "notes": notes,
             }
         )
@@ -91,6 +92,7 @@ def _show(folder: Path, facts: CardFacts, written: Written, notes: list[str], *,
             "original": f"{facts.base_name} ({'the Hub knows it' if facts.base_seen else 'not verified'})",
             "licence": facts.licence,
             "decision": facts.decision.reason,
+            "gate": f"{gate}, once it is public" if gate != "none" else gate,
         },
     )
     for sentence in [] if quiet else notes:

@@ -99,6 +99,16 @@ def errors_as_exit_code(as_json: bool) -> Iterator[None]:
 
 
 @contextmanager
+def said_when_interrupted(sentence: str) -> Iterator[None]:
+    """Tell what Ctrl+C leaves behind, on standard error; the exit code stays 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(sentence)
+        raise
+
+
+@contextmanager
 def warnings_as_notes() -> Iterator[None]:
     """Show a warning as its sentence, without the line of code it comes from."""
     with warnings.catch_warnings():

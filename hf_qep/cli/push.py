@@ -13,6 +13,8 @@ from hf_qep.progress import Progress
 if TYPE_CHECKING:
     from hf_qep.hub.publish import PushPlan, PushResult
 
+RESUME = "Interrupted. No half push is visible on the Hub; run the same command again, it goes on from here"
+
 
 def push_command(
     folder: Annotated[Path, typer.Argument(help="Folder that quantize, eval and card have filled.")],
@@ -58,11 +60,15 @@ def push_command(
     refuse(plan)
     if not (quiet or as_json):
         output.note(f"Pushing {len(plan.sends)} of {len(plan.files)} files to {_target(plan)}")
-    result = execute(plan, remote=remote, progress=progress)
+    with output.said_when_interrupted(RESUME):
+        result = execute(plan, remote=remote, progress=progress)
     if as_json:
         output.print_json({"dry_run": False, **result.to_dict(), "warnings": plan.warnings})
         return
     show_result(result)
+    if not quiet:
+        at = f" --revision {result.pull_request or revision}" if result.pull_request or revision != "main" else ""
+        output.note(f"Check it as a reader would: hf-qep verify {result.repo_id}{at}")
 
 
 def _show_dry_run(plan: PushPlan, as_json: bool) -> None:

@@ -122,7 +122,8 @@ def deploy_command(
     refuse(plan)
     if not (quiet or as_json):
         output.note(f"Deploying {len(plan.sends)} of {len(plan.files)} files to {plan.url}")
-    result = deploy(plan, remote=remote, progress=Progress(quiet or as_json))
+    with output.said_when_interrupted("Interrupted. Run the same command again, it goes on from here"):
+        result = deploy(plan, remote=remote, progress=Progress(quiet or as_json))
     if as_json:
         output.print_json({"dry_run": False, **result.to_dict(), "warnings": plan.warnings})
         return

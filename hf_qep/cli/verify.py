@@ -26,7 +26,7 @@ def verify_command(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Left out: main.")] = None,
     sample_tokens: Annotated[
         int, typer.Option(help="Measure the perplexity of so many recorded tokens again; 0: of none.")
-    ] = 4096,
+    ] = 8192,
     text: Annotated[
         str | None, typer.Option(help="The recorded text. Left out: the tales of this package, if they were used.")
     ] = None,
@@ -71,7 +71,7 @@ def show(report: VerifyReport, quiet: bool) -> None:
     if not quiet:
         rows = [("ok", line) for line in report.agrees] + [("not checked", line) for line in report.unchecked]
         rows += [("DIFFERS", line) for line in report.differs]
-        at = f" at {report.commit[:12]}" if report.commit else ""
+        at = f" at {report.commit}" if report.commit else ""
         output.print_table(f"{report.target}{at}", ["", ""], rows)
     elif report.differs:
         for line in report.differs:

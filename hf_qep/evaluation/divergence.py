@@ -44,6 +44,9 @@ class TextScore:
     documents: Annotated[int, "texts the stream was made of (the last ones may be cut off)"]
     scored_bytes: Annotated[int | None, "UTF-8 bytes behind the scored tokens"]
     source: Annotated[str | None, "what the text is, as given by the user"] = None
+    text_sha256: Annotated[
+        str | None, "sha256 of all documents as UTF-8, a zero byte between them; null in records of schema version 1"
+    ] = None
 
 
 def compare_language_models(
@@ -55,11 +58,13 @@ def compare_language_models(
     stride: int | None = None,
     batch_size: int = 4,
     source: str | None = None,
+    text_sha256: str | None = None,
     progress: Progress = SILENT,
 ) -> TextScore:
     """Perplexity of both models, KL and top-1 agreement, in one pass over `stream`.
 
-    The two may live on different devices. Raises ConfigError if their vocabularies differ.
+    source, text_sha256: what the text is, and its `text_digest`, for the record. The two may live on different devices.
+    Raises ConfigError if their vocabularies differ.
     """
     window, stride = check_window(float_model, window, stride)
     tally = Tally()
@@ -86,6 +91,7 @@ def compare_language_models(
         documents=stream.documents,
         scored_bytes=tally.scored_bytes if has_bytes else None,
         source=source,
+        text_sha256=text_sha256,
     )
 
 

@@ -16,7 +16,7 @@ from hf_qep.evaluation.divergence import TextScore, compare_language_models
 from hf_qep.evaluation.embeddings import EmbeddingScore, compare_encoders
 from hf_qep.evaluation.environment import describe_environment, describe_model
 from hf_qep.evaluation.memory import peak_bytes, weight_bytes
-from hf_qep.evaluation.perplexity import Bos, token_stream
+from hf_qep.evaluation.perplexity import Bos, text_digest, token_stream
 from hf_qep.evaluation.record import Bits, Cost, EvalRecord, PairCost
 from hf_qep.evaluation.speed import Speed, SpeedOptions, compare_speed, generates_text, time_once
 from hf_qep.evaluation.tasks import Answers, Task, TaskResult, answer_tasks, compare_answers
@@ -135,6 +135,7 @@ def compare_on_text(
         stride=options.stride,
         batch_size=options.batch_size,
         source=source,
+        text_sha256=text_digest(texts),
         progress=progress,
     )
 

@@ -14,6 +14,7 @@ Beginning of text (`bos`):
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,12 @@ class LanguageScore:
     nll: Annotated[Estimate, "mean negative log-likelihood per scored token, nats"]
     perplexity: Annotated[Estimate | None, "exp(nll) per token; stderr by the delta method over windows"]
     bits_per_byte: Annotated[Estimate | None, "comparable between tokenizers; null if token offsets are unknown"]
+
+
+def text_digest(texts: Sequence[str]) -> str:
+    """sha256 of documents as UTF-8 with a zero byte between them, by which a text is known again under any name."""
+    # Half of a surrogate pair is no UTF-8, but a JSON file can hold one.
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def token_stream(

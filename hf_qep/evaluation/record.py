@@ -1,7 +1,7 @@
 """The evaluation record `hf_qep_eval.json`: the only source of numbers for model cards, tables and demos.
 
     schema            "hf_qep_eval"
-    schema_version    1; a reader refuses a higher one
+    schema_version    2; a reader refuses a higher one. 1 had no digest of the held-out text
     created           UTC date and time, ISO 8601
     command           what was typed
     subject           the quantised model: name, revision, sha256 of each weight file, dtype, parameters
@@ -11,7 +11,7 @@
     bits              bits per weight three ways: linear (scales included), model (every stored tensor), file (bytes
                       of the weight files)
     text              causal models: perplexity and bits per byte of both, KL(float || quantised), top-1 agreement,
-                      with window, stride, bos and separator, which together are the protocol
+                      with window, stride, bos, separator and the digest of the text, which together are the protocol
     embeddings        encoders: 1 - cosine of sentence embeddings, overlap of nearest neighbours
     tasks             per task: prompt form, items, chance and majority level, scores of both models, retention
     cost              per model: weight_bytes in memory, peak_bytes above that while running, speed
@@ -40,7 +40,7 @@ from hf_qep.evaluation.tasks import TaskResult
 from hf_qep.files import write_text_aside
 
 FILE_NAME = "hf_qep_eval.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)

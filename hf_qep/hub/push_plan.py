@@ -7,21 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_qep.errors import QepError
-from hf_qep.files import canonical_json
+from hf_qep.errors import CardError, QepError
 from hf_qep.hub import secrets
 from hf_qep.hub.allowed import kind_of
+from hf_qep.hub.base import BaseFacts, read_metadata
 from hf_qep.hub.preflight import FolderReport, LocalFile, check_disk, check_folder, git_oid
 from hf_qep.hub.remote import Account, Gate, HubRefusal, Remote, RemoteFile, RepoState
 from hf_qep.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from hf_qep.hub.base import BaseFacts
     from hf_qep.hub.licences import LicenceDecision
 
 GATES = ("auto", "manual", "none")
 SPARE_DISK = 64 << 20
 """Bytes the client may write for itself, besides a hundredth of the weights (chunks of the upload)."""
+HAND_MADE = (
+    "'README.md' was written or changed by hand: only the numbers in its metadata are compared with the record, "
+    "those in its text are not"
+)
 MAX_PULL_REQUESTS = 10
 """How many of the newest pull requests are looked at before another one is opened."""
 
@@ -113,25 +116,32 @@ def plan_push(
 ) -> PushPlan:
     """Check folder, account, repository, licence and card; nothing on the Hub is changed and nothing is raised for
     what is wrong: it stands in `problems`."""
+    from hf_qep.hub.cards.card import is_generated
+
     folder, options = Path(folder), options or PushOptions()
     remote = remote or Remote()
     report = check_folder(folder, tokens=remote.tokens, progress=progress)
     plan = PushPlan(folder, repo_id, remote.endpoint, options, "", report.files)
     plan.problems, plan.unsafe, plan.warnings = report.problems, report.unsafe, report.warnings
-    plan.message = options.commit_message or f"Upload {folder.resolve().name}: 1-bit weights, card and record"
+    if report.card and not is_generated(report.card):
+        plan.warnings.append(HAND_MADE)
+    plan.message = options.commit_message or f"Upload {folder.resolve().name}: packed weights, card and record"
     _check_words(plan, remote)
     _check_disk(plan, report)
+    base = None
     try:
+        if not _is_name(plan):
+            return plan
         _check_account(plan, remote)
         plan.state = remote.repo(plan.repo_id, options.revision)
         _check_target(plan)
+        _check_snippet(plan, report)
         _compare(plan, remote)
         base = _base_facts(plan, report, remote)
         if report.card and (complaint := remote.validate_card(report.card)):
             plan.problems.append(f"the Hub refuses the card: {complaint}; run: hf-qep card")
     except HubRefusal as error:
         plan.problems.append(str(error))
-        base = None
     _decide(plan, report, base)
     return plan
 
@@ -160,14 +170,7 @@ def stale_files(files: list[LocalFile], there: dict[str, RemoteFile]) -> list[st
 
 def _check_words(plan: PushPlan, remote: Remote) -> None:
     """Names and options that can never work, and secrets in what becomes public besides the files."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     options = plan.options
-    try:
-        validate_repo_id(plan.repo_id)
-    except HFValidationError as error:
-        plan.problems.append(f"{plan.repo_id!r} is no name for a repository: {error}")
     if options.gated not in (None, *GATES):
         plan.problems.append(f"--gated {options.gated!r} is not known; use auto, manual or none")
     if not re.fullmatch(r"[A-Za-z0-9][\w./-]*", options.revision) or ".." in options.revision:
@@ -181,6 +184,22 @@ def _check_words(plan: PushPlan, remote: Remote) -> None:
     found = secrets.scan_text(plan.message, "the commit message", tokens=remote.tokens)
     plan.problems += found
     plan.unsafe += found
+
+
+def _is_name(plan: PushPlan) -> bool:
+    """Whether the Hub could have a repository of this name; if not, it need not be asked."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(plan.repo_id)
+    except HFValidationError:
+        plan.problems.append(
+            f"{plan.repo_id!r} is no name for a repository; give OWNER/NAME of letters, digits, '-', '_' and '.', at "
+            "most 96 characters each"
+        )
+        return False
+    return True
 
 
 def _check_disk(plan: PushPlan, report: FolderReport) -> None:
@@ -223,6 +242,16 @@ def _check_target(plan: PushPlan) -> None:
         )
 
 
+def _check_snippet(plan: PushPlan, report: FolderReport) -> None:
+    """The card must tell readers to load this repository, not a folder of whoever made it."""
+    named = re.findall(r"\.from_pretrained\(\s*[\"']([^\"'\n]+)", report.card)
+    if named and plan.repo_id not in named:
+        plan.warnings.append(
+            f"the card tells readers to load {named[0]!r}, not {plan.repo_id!r}; run: hf-qep card --repo-id "
+            f"{plan.repo_id}"
+        )
+
+
 def _compare(plan: PushPlan, remote: Remote) -> None:
     """What is to be added, replaced, kept and deleted at the revision."""
     state, revision = plan.state, plan.options.revision
@@ -253,15 +282,16 @@ def _compare(plan: PushPlan, remote: Remote) -> None:
 def _base_facts(plan: PushPlan, report: FolderReport, remote: Remote) -> BaseFacts | None:
     """Facts of the original on the Hub. A name that cannot be found there forbids to show the copy to everybody: the
     link would lead nowhere, and licence and gate would be what the card says."""
-    from hf_qep.hub.base import BaseFacts
-
     name, revision = report.manifest.get("base_model"), report.manifest.get("revision")
     named = _card_base(report.card)
     if named and isinstance(name, str) and "/" in name and name not in named:
         plan.problems.append(f"the card names the original {named[0]!r}, the manifest {name!r}; run: hf-qep card")
     ids = [x for x in (*named, name) if isinstance(x, str) and x.count("/") == 1]
     if not ids:
-        plan.warnings.append("no original is named by its Hub id, so the Hub will show none; name it with: hf-qep card")
+        if report.files:  # else nothing was read, and the reason stands in the problems
+            plan.warnings.append(
+                "no original is named by its Hub id, so the Hub will show none; name it with: hf-qep card"
+            )
         return None
     try:
         at = revision if isinstance(revision, str) and ids[0] == name else None
@@ -320,17 +350,15 @@ def _gate(plan: PushPlan, base: BaseFacts | None, demanded: bool) -> Gate:
 
 def _metadata(card: str) -> dict[str, Any]:
     """YAML of a card; empty if it has none that can be read, which the lint of the card reports."""
-    from huggingface_hub import ModelCard
-
     try:
-        return ModelCard(card, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # a yaml error, or a value of a kind that the class does not take
+        return read_metadata(card)
+    except CardError:
         return {}
 
 
 def _card_licence(card: str) -> str | None:
     licence = _metadata(card).get("license")
-    return licence if isinstance(licence, str) or licence is None else canonical_json(licence)
+    return None if licence is None else str(licence)  # YAML also knows dates and lists
 
 
 def _card_base(card: str) -> list[str]:

@@ -16,7 +16,7 @@ from hf_qep.engine.source import check_limits, load_float_model, load_processor,
 from hf_qep.errors import CheckpointError, NonFiniteError
 from hf_qep.evaluation.divergence import TextScore, compare_language_models
 from hf_qep.evaluation.estimates import Estimate
-from hf_qep.evaluation.perplexity import LanguageScore, TokenStream, perplexity, token_stream
+from hf_qep.evaluation.perplexity import LanguageScore, TokenStream, perplexity, text_digest, token_stream
 from hf_qep.evaluation.record import EvalRecord
 from hf_qep.progress import SILENT, Progress
 
@@ -40,7 +40,7 @@ STANDARD_ERRORS = 4.0
 class SampleOptions:
     """How much to measure again, and where."""
 
-    tokens: int = 4096
+    tokens: int = 8192
     """at most so many tokens of the recorded text; 0: measure nothing again"""
     baseline: Path | None = None
     """folder of the float model, for KL and agreement"""
@@ -159,22 +159,12 @@ def _compare_bits(model: PreTrainedModel, folder: Path, record: EvalRecord, repo
 def _compare_text(
     model: PreTrainedModel, folder: Path, score: TextScore, report: Report, find_text: FindText, options: SampleOptions
 ) -> None:
-    texts = find_text(score.source)
-    if texts is None:
-        report.unchecked.append(
-            f"perplexity was not measured again: the text {score.source!r} is not at hand; give it with --text"
-        )
-        return
     tokenizer = load_processor(folder)
     tokenizer = getattr(tokenizer, "tokenizer", None) or tokenizer
     if tokenizer is None:
         raise CheckpointError("the record has a perplexity, but there is no tokenizer")
-    stream = _recorded_stream(tokenizer, texts, score)
+    stream = _stream_at_hand(tokenizer, find_text(score.source), score, report)
     if stream is None:
-        report.unchecked.append(
-            f"perplexity was not measured again: the text at hand is not the one that was recorded ({score.source!r}, "
-            f"{score.scored_bytes} bytes in {score.subject.nll.n} tokens)"
-        )
         return
     recorded = score.subject.nll.n
     whole = recorded <= options.tokens
@@ -211,6 +201,29 @@ def _compare_text(
             report.unchecked.append(f"{name} on {names}: too few windows for a standard error; raise --sample-tokens")
         else:
             _add(report, Measured(f"{name} on {names}", recorded_value, found_value, allowed))
+
+
+def _stream_at_hand(
+    tokenizer: Any, texts: Sequence[str] | None, score: TextScore, report: Report
+) -> TokenStream | None:
+    """The tokens that were scored; None, with the reason in the report, if they cannot be had."""
+    not_again = "perplexity was not measured again:"
+    if texts is None:
+        report.unchecked.append(f"{not_again} the text {score.source!r} is not at hand; give it with --text")
+        return None
+    other = f"{not_again} the text at hand is not the one that was recorded ({score.source!r}"
+    found = text_digest(texts)
+    if score.text_sha256 not in (None, found):
+        report.unchecked.append(f"{other}, sha256 {str(score.text_sha256)[:12]}...), but one with {found[:12]}...")
+        return None
+    stream = _recorded_stream(tokenizer, texts, score)
+    if stream is None and score.text_sha256 is not None:
+        report.differs.append(
+            f"the tokenizer makes other tokens of the recorded text than the {score.subject.nll.n} that were scored"
+        )
+    elif stream is None:
+        report.unchecked.append(f"{other}, {score.scored_bytes} bytes in {score.subject.nll.n} tokens)")
+    return stream
 
 
 def _load_baseline(options: SampleOptions, report: Report) -> Any:

@@ -15,6 +15,7 @@ from hf_qep.engine.headers import MANIFEST, read_headers, read_json
 from hf_qep.errors import CheckpointError, QepError
 from hf_qep.files import sha256
 from hf_qep.hub.allowed import LOADER, REQUIRED, kind_of, list_files
+from hf_qep.hub.cards.card import is_generated
 from hf_qep.hub.preflight import (
     RECORD,
     LocalFile,
@@ -24,7 +25,7 @@ from hf_qep.hub.preflight import (
     manifest_problems,
     record_problems,
 )
-from hf_qep.hub.push_plan import differences
+from hf_qep.hub.push_plan import HAND_MADE, differences
 from hf_qep.hub.remeasure import FindText, Measured, SampleOptions, remeasure
 from hf_qep.hub.remote import Remote, RemoteFile
 
@@ -94,6 +95,9 @@ def verify(
     missing = [f"{name!r} is missing" for name in REQUIRED if name not in subject.names]
     report.note("all required files are there", missing)
     right = _check_files(subject, report)
+    card = subject.folder / "README.md"
+    if card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace")):
+        report.unchecked.append(HAND_MADE)
     if not (right and subject.safe):
         report.unchecked.append("loading and measuring: the files must be right before they are loaded")
     elif RECORD not in subject.names:
@@ -123,6 +127,13 @@ def _blobs(folder: Path) -> Path | None:
 
 def _from_hub(target: str, revision: str | None, remote: Remote, report: VerifyReport) -> _Subject:
     """Download everything that is no code and compare it with what the Hub lists."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(target)
+    except HFValidationError:
+        raise CheckpointError(f"{target!r} is neither a folder nor a name on the Hub; check it") from None
     state = remote.repo(target, revision)
     if state is None or state.head is None:
         where = f", revision {revision!r}" if state else " that this token may see"

@@ -15,11 +15,12 @@ import transformers
 from settings import Settings
 
 from hf_qep.engine.headers import MANIFEST, check_links, read_headers, read_json
-from hf_qep.engine.source import load_float_model, model_class, resolve_model, snapshot_revision
+from hf_qep.engine.source import licence_of, load_float_model, model_class, resolve_model, snapshot_revision
 from hf_qep.errors import CheckpointError, QepError
 from hf_qep.evaluation.memory import weight_bytes
 from hf_qep.evaluation.record import EvalRecord
 from hf_qep.evaluation.samples import Samples
+from hf_qep.files import sha256
 
 WORKING_ROOM = 1.2
 """Memory a model takes while it runs, in units of its weights; caches and activations of one short text."""
@@ -29,7 +30,8 @@ ZERO_GPU_BYTES = 48_000_000_000
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that can write. name: as shown. positions: longest text it takes, None if unlimited."""
+    """A model that can write. name: as shown. positions: longest text it takes, None if unlimited. licence: as its card
+    names it, None if it names none."""
 
     lane: str
     name: str
@@ -39,6 +41,7 @@ class Loaded:
     weight_bytes: int
     max_input_tokens: int
     positions: int | None
+    licence: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -64,7 +67,7 @@ class Models:
         self.one_bit: Loaded | None = None
         self.original: Loaded | None = None
         self.mode = "off"
-        self.problem = self.original_note = self.scores_note = ""
+        self.problem = self.original_note = self.scores_note = self.samples_note = ""
         self.record: EvalRecord | None = None
         self.samples: Samples | None = None
         self.base = (settings.base_id, settings.base_revision or None)
@@ -112,14 +115,20 @@ class Models:
             self._fall_back()
 
     def _read_papers(self, folder: Path) -> None:
+        """Record and recorded outputs, if they are about the weights that were loaded."""
+        digests = weight_digests(folder)
         try:
-            self.record = EvalRecord.read(folder)
+            record = EvalRecord.read(folder)
+            self.record = record if record.subject.sha256 == digests else None
+            self.scores_note = "" if self.record else texts.OTHER_WEIGHTS.format(what="evaluation record")
         except QepError as error:
             self.scores_note = str(error)
         try:
-            self.samples = Samples.read(folder)
+            samples = Samples.read(folder)
+            self.samples = samples if samples.subject.sha256 == digests else None
+            self.samples_note = "" if self.samples else texts.OTHER_WEIGHTS.format(what="file of recorded outputs")
         except QepError:
-            self.samples = None
+            self.samples_note = texts.NOT_RECORDED_AT_ALL
 
     def _load_original(self, folder: Path) -> None:
         wanted = self.settings.original
@@ -147,8 +156,9 @@ class Models:
         """Recorded outputs if there are some."""
         if self.samples is not None and self.samples.items:
             self.mode = "recorded"
-        elif not self.original_note:
-            self.original_note = texts.NOT_RECORDED_AT_ALL
+        else:
+            said = (self.original_note, self.samples_note or texts.NOT_RECORDED_AT_ALL)
+            self.original_note = " ".join(sentence for sentence in said if sentence)
 
     def _does_not_fit(self) -> str:
         """Why the original must stay away, empty if it may come."""
@@ -173,7 +183,8 @@ class Models:
         revision = snapshot_revision(folder)
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         limit = self.settings.max_input_tokens
-        return Loaded(lane, shown_name(name), revision, model, tokenizer, weight_bytes(model), limit, positions)
+        size, licence = weight_bytes(model), licence_of(folder)
+        return Loaded(lane, shown_name(name), revision, model, tokenizer, size, limit, positions, licence)
 
 
 def _device(wanted: str) -> torch.device:
@@ -199,6 +210,16 @@ def _base_of(folder: Path) -> tuple[str, str | None]:
     manifest = read_json(folder / MANIFEST)
     name, revision = manifest.get("base_model"), manifest.get("revision")
     return (name if isinstance(name, str) else ""), (revision if isinstance(revision, str) else None)
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """Weight file -> sha256. The Hub cache calls large files by it, so those are not read again."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        stored = path.resolve()
+        known = stored.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", stored.name)
+        found[path.name] = stored.name if known else sha256(path)
+    return found
 
 
 def stored_bytes(name: str, revision: str | None) -> int:

@@ -11,6 +11,7 @@ import gradio as gr
 import lanes
 import texts
 import views
+from gradio.utils import get_space
 from lanes import Lanes
 from models import Models
 from prompts import MAX_SEED, MAX_TEMPERATURE, RefusedError, Request, has_chat_template, make_request
@@ -94,6 +95,8 @@ def build(models: Models, stops: Stops, run: Run) -> gr.Blocks:
             with gr.Tab("Scores", id="scores", elem_id="tab-scores"):
                 gr.HTML(scores(models.record, models.scores_note or models.problem), elem_id="scores")
         gr.HTML(views.footer(models), elem_id="footer")
+        if get_space():
+            gr.DuplicateButton(texts.DUPLICATE, variant="secondary", elem_id="duplicate")
         page.unload(_leave_of(desk))
     page.queue(max_size=models.settings.queue_size, default_concurrency_limit=1)
     return page

@@ -12,8 +12,11 @@ INTRO = (
 NAMES = {"original": "Original", "one_bit": "1-bit"}
 FOOTER = (
     "Outputs may be wrong, offensive or made up; nothing here is advice. Do not enter personal data. "
-    "Each model is under the licence named on its page; this page is Apache-2.0."
+    "This page is Apache-2.0."
 )
+LICENCE = "Licence of {name}: {licence}."
+NO_LICENCE = "Licence of {name}: its card names none."
+DUPLICATE = "Duplicate this Space"
 
 STATUS = {
     "idle": "Ready",
@@ -58,6 +61,7 @@ NO_RECORDING = (
     "those that were recorded."
 )
 NOT_RECORDED_AT_ALL = "There are no recorded outputs with this model."
+OTHER_WEIGHTS = "The {what} of this model is of other weights than these, so it is not shown. Run: hf-qep eval"
 TURNED_OFF = "The original is switched off in this Space."
 NO_BASE = "The quantised model does not say what it was made from. Set the variable BASE_ID."
 PROMPT_HINT = "Shift+Enter starts both models."

@@ -137,4 +137,15 @@ def _speed(ratio: float) -> str:
 def footer(models: Models) -> str:
     """What every visitor must know."""
     device = "an accelerator" if models.device.type != "cpu" else "the processor (no accelerator)"
-    return f"<p>The models run on {device}. {escape(texts.FOOTER)}</p>"
+    return f"<p>{licences(models)}</p><p>The models run on {device}. {escape(texts.FOOTER)}</p>"
+
+
+def licences(models: Models) -> str:
+    """Under which licence each model is, as its card says."""
+    said = []
+    for loaded in (models.original, models.one_bit):
+        if loaded is not None:
+            sentence = texts.LICENCE if loaded.licence else texts.NO_LICENCE
+            named, licence = link(loaded.name), f"<code>{escape(loaded.licence or '')}</code>"
+            said.append(escape(sentence).format(name=named, licence=licence))
+    return " ".join(said)

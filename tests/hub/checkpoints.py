@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_qep.engine.headers import INDEX_FILE, MANIFEST, SINGLE_FILE
 from hf_qep.engine.manifest import file_table
+from hf_qep.hub.cards.card import sealed
 from hf_qep.hub.preflight import RECORD, SAMPLES
 from tests.cli.test_commands import run
 
@@ -56,7 +57,7 @@ def finished(tmp_path_factory, float_checkpoint) -> Path:
     assert done.exit_code == 0, (done.output, done.exception)
     done = run("eval", out, "--baseline", float_checkpoint, "--max-tokens", 300, "--window", 64, "--json")
     assert done.exit_code == 0, (done.output, done.exception)
-    (out / "README.md").write_text(CARD.format(base=BASE, licence="apache-2.0"))
+    (out / "README.md").write_text(sealed(CARD.format(base=BASE, licence="apache-2.0")))
     return out
 
 

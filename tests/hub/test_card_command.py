@@ -50,7 +50,8 @@ def test_json_says_what_was_made_and_what_is_uncertain(bare):
 
 
 def test_a_card_made_by_hand_is_kept_unless_told(checkpoint):
-    before = (checkpoint / "README.md").read_text()
+    before = (checkpoint / "README.md").read_text() + "by hand\n"
+    (checkpoint / "README.md").write_text(before)
     done = run("card", checkpoint, *NAMES)
     assert done.exit_code == 2 and "pass --overwrite" in done.output
     assert (checkpoint / "README.md").read_text() == before

@@ -45,7 +45,7 @@ def test_a_push_is_private_identical_and_one_commit(hub, finished):
     assert hub.files(REPO) == content(finished)
     assert [c.title for c in repo.commits] == [
         "initial commit",
-        "Upload tiny-llama-1bit: 1-bit weights, card and record",
+        "Upload tiny-llama-1bit: packed weights, card and record",
     ]
     assert said["visibility"] == "private"
     assert said["commit"] == repo.commit("main").id

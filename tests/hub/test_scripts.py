@@ -84,7 +84,7 @@ def test_printed_commands_are_accepted_by_the_command_line(loopback_hub, name):
             loopback_hub, "command_a.py", "push", name, "out", "--namespace", "alice", "--public", "--print"
         ).stdout.splitlines(),
     ]
-    assert [line.split()[1] for line in printed] == ["quantize", "eval", "card", "push"]
+    assert [line.split()[1] for line in printed] == ["quantize", "eval", "card", "card", "push"]
     for line in printed:
         words = shlex.split(line)[1:]
         all_commands()[words[0]].make_context(words[0], words[1:])
@@ -130,6 +130,7 @@ def test_a_recipe_runs_from_plan_to_push_on_a_tiny_model_of_its_architecture(
     front = files["README.md"].decode()
     assert f"base_model: {recipe.model}" in front and f"license: {recipe.licence}" in front
     assert "extra_gated_prompt: You agree to the licence." in front
+    assert f'from_pretrained("{repo_id}"' in front, "the card must name what readers load"
     manifest = json.loads(files["hf_qep_manifest.json"])
     assert manifest["revision"] == base.commit("main").id
     # The plan knows the parameters that the run quantised.

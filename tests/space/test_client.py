@@ -70,6 +70,21 @@ def test_a_prompt_that_is_too_long_is_cut_and_says_so(client):
     assert texts.TRIMMED_TOKENS.format(kept=60, all=400) in lane["notes"]
 
 
+@pytest.mark.parametrize("on_a_space", [True, False])
+def test_only_a_space_can_be_duplicated(live_models, monkeypatch, on_a_space):
+    from page import build
+    from stops import Stops
+
+    # Gradio takes the folder spaces/ of this repository for the package of that name, which a Space has.
+    monkeypatch.setattr("gradio.block_function.spaces", None)
+    monkeypatch.setenv("SYSTEM", "spaces" if on_a_space else "")
+    monkeypatch.setenv("SPACE_ID", "alice/compare")
+    config = build(live_models, Stops(), lambda request, ticket: iter(())).get_config_file()
+    assert ("duplicate" in {part["props"].get("elem_id") for part in config["components"]}) is on_a_space
+    opens = [str(step["js"]) for step in config["dependencies"] if "duplicate=true" in str(step["js"])]
+    assert len(opens) == on_a_space and all("spaces/alice/compare?" in address for address in opens)
+
+
 def test_a_cancelled_call_ends_generate(client, forwards):
     job = client.submit("The river", max_new_tokens=LONG, api_name="/compare")
     assert wait_until(lambda: bool(generations()) and bool(job.outputs()))

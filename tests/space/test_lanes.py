@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import lanes
 import pytest
 import texts
 import torch
-from models import Models, explain, free_bytes, human_bytes, shown_name
+from models import Models, explain, free_bytes, human_bytes, shown_name, weight_digests
 from prompts import RefusedError, encode, make_request
 from settings import Settings, SettingsError, read_settings
 from stops import Stops
@@ -318,6 +319,37 @@ def test_without_recordings_the_lane_is_off_and_says_why(settings_for, pair, tmp
     assert (models.mode, models.original_note) == ("off", texts.NOT_RECORDED_AT_ALL)
     models = Models(replace(settings_for(model_id=str(folder)), original="off"))
     assert lanes.at_rest(models)[0].notes == (texts.TURNED_OFF,)
+
+
+@pytest.mark.parametrize("file", ["hf_qep_samples.json", "hf_qep_eval.json"])
+def test_recordings_and_scores_of_other_weights_are_not_shown(settings_for, pair, tmp_path, file):
+    import shutil
+
+    folder = tmp_path / "mixed"
+    shutil.copytree(pair[1], folder)
+    values = json.loads((folder / file).read_text())
+    values["subject"]["sha256"] = {"model.safetensors": "0" * 64}
+    (folder / file).write_text(json.dumps(values))
+    models = Models(settings_for(model_id=str(folder), original="recorded"))
+    assert models.one_bit is not None
+    if file == "hf_qep_samples.json":
+        assert (models.mode, models.samples) == ("off", None)
+        assert "of other weights" in lanes.at_rest(models)[0].notes[0]
+        assert models.record is not None
+    else:
+        assert (models.mode, models.record) == ("recorded", None)
+        assert "of other weights" in models.scores_note
+
+
+def test_the_cache_of_the_hub_tells_digests_without_reading_the_weights(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for name in ("a" * 64, "b" * 40):
+        (tmp_path / "blobs" / name).write_bytes(b"weights")
+    (tmp_path / "snapshot" / "model-1.safetensors").symlink_to(tmp_path / "blobs" / ("a" * 64))
+    (tmp_path / "snapshot" / "model-2.safetensors").symlink_to(tmp_path / "blobs" / ("b" * 40))
+    known = hashlib.sha256(b"weights").hexdigest()
+    assert weight_digests(tmp_path / "snapshot") == {"model-1.safetensors": "a" * 64, "model-2.safetensors": known}
 
 
 def test_memory_is_read_from_the_machine_and_numbers_are_readable():

@@ -54,6 +54,19 @@ def test_a_hub_id_becomes_a_link_to_the_hub():
     assert "href='https://huggingface.co/acme/tiny'" in views.link("acme/tiny")
 
 
+def test_the_licence_of_each_model_is_said_plainly(settings_for, pair, tmp_path):
+    import shutil
+
+    from models import Models
+
+    folder = tmp_path / "tiny-llama-1bit"
+    shutil.copytree(pair[1], folder)
+    (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# x\n")
+    said = Tags(views.footer(Models(settings_for(model_id=str(folder))))).text
+    assert "Licence of tiny-llama-1bit: cc-by-nc-4.0." in said
+    assert "Licence of tiny-llama: its card names none." in said
+
+
 def test_what_was_not_measured_is_a_dash():
     found = Tags(views._metrics(Lane("original")))
     assert found.text.count(views.NOT_MEASURED) == 5

@@ -70,6 +70,9 @@ def _of_record(other: EvalRecord, record: EvalRecord, name: str) -> Baseline:
         for key in _PROTOCOL:
             if getattr(other.text, key) != getattr(record.text, key):
                 raise _differs(name, f"another {key}", getattr(other.text, key), getattr(record.text, key))
+        digests = (other.text.text_sha256, record.text.text_sha256)
+        if None not in digests and digests[0] != digests[1]:
+            raise _differs(name, "another text of the same name", *digests)
         _check_same(name, "original's perplexity", other.text.baseline.perplexity, record.text.baseline.perplexity)
         scores = other.text.subject
         found = {

@@ -89,6 +89,12 @@ def is_generated(text: str) -> bool:
     return mark is not None and hashlib.sha256(text[: mark.start()].encode()).hexdigest() == mark[1]
 
 
+def sealed(text: str) -> str:
+    """A card with its mark, by which a later change by hand is seen."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text}<!-- written by hf-qep; sha256 of the text above: {digest} -->\n"
+
+
 def _complete(data: Any, template: str, context: dict[str, Any]) -> str:
     """Front matter, body and mark, linted: a card that could not be published is not written."""
     # One long line per value: folded ones would be hard to compare with the original's.
@@ -99,8 +105,7 @@ def _complete(data: Any, template: str, context: dict[str, Any]) -> str:
     text = f"---\n{head}\n---\n\n{body}\n\n"
     if problems := card_problems(text):
         raise CardError("the card cannot be made: " + "; ".join(problems))
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return f"{text}<!-- written by hf-qep; sha256 of the text above: {digest} -->\n"
+    return sealed(text)
 
 
 def _render(template: str, context: dict[str, Any]) -> str:

@@ -28,6 +28,8 @@ def _about(facts: CardFacts) -> dict[str, Any]:
     why, why_not = card_words.advice(facts)
     return {
         "title": facts.title,
+        "one_bit": facts.is_one_bit,
+        "linear_bits": shown(facts.record.bits.linear),
         "base": hub_link(facts.base_id, facts.revision) if facts.base_id else code(facts.made.base_model),
         "owner": owner if owner != facts.maker else None,
         "maker": facts.maker,

@@ -128,6 +128,11 @@ class CardFacts:
         return self.record.cost.baseline.file_bytes if self.record.cost else None
 
     @property
+    def is_one_bit(self) -> bool:
+        """Whether a budget of one bit per weight was asked for; scales come on top of it."""
+        return self.made.recipe.get("bits") == 1.0
+
+    @property
     def has_loader(self) -> bool:
         """Whether the folder carries the loader for machines without this package."""
         return any(file.name == LOADER for file in self.files)

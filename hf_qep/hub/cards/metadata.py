@@ -65,17 +65,27 @@ def metadata(facts: CardFacts) -> Any:
         eval_results=results or None,
         model_name=(repo_id or facts.name) if results else None,
         **extra,
-        **base.gate_form,
+        **gate_form(facts),
     )
+
+
+def gate_form(facts: CardFacts) -> dict[str, Any]:
+    """Questions to readers: those of the original; if it asks none and the licence is NonCommercial, that alone."""
+    if facts.base.gate_form or not facts.decision.gate:
+        return facts.base.gate_form
+    return {
+        "extra_gated_prompt": f"These weights are for NonCommercial use only, under the licence {facts.licence}.",
+        "extra_gated_fields": {"I agree to use this model for NonCommercial purposes ONLY": "checkbox"},
+    }
 
 
 def tags(facts: CardFacts) -> list[str]:
     """Names by which the Hub finds it."""
-    method, bits = facts.made.recipe.get("method"), facts.made.recipe.get("bits")
+    method = facts.made.recipe.get("method")
     found = [TAG, *_TAGS]
     if isinstance(method, str) and re.fullmatch(r"[a-z]\w*", method, re.ASCII):
         found.append(method)
-    if bits == 1.0:
+    if facts.is_one_bit:
         found.append("1-bit")
     return list(dict.fromkeys(found))
 

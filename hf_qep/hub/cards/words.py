@@ -76,7 +76,7 @@ def _reasons_for(facts: CardFacts) -> list[Markdown]:
             words("You want speed: it writes {r} times as many tokens per second.", r=shown(values["decode_ratio"]))
         )
     found.append(
-        Markdown("You study what about one bit per weight costs: every number here can be measured again, see below.")
+        Markdown("You study what so few bits per weight cost: every number here can be measured again, see below.")
     )
     return found
 
