@@ -1,4 +1,4 @@
-# make demo   quantise the bundled model four ways, offline, and compare (minutes on two cores)
+# make demo   quantise the bundled model five ways, offline, and compare (three minutes on two cores)
 # make test   the whole test suite
 # make lint   style only
 PYTHON ?= python3

@@ -29,7 +29,7 @@ def table(found: dict[str, Any]) -> list[str]:
     names = LANGUAGE if rows[0]["kl"] else ENCODER
     columns = ["method", "group", "QEP", "damping", "tuned", "bits, linears", *names.values()]
     tokens = next(row[next(iter(names))]["n"] for row in rows)
-    title = f"{Path(found['model']).name}, {tokens} items of {found['text']}"
+    title = f"{Path(found['model']).name}, {tokens} {'tokens' if rows[0]['kl'] else 'sentences'} of {found['text']}"
     if rows[0]["float_perplexity"]:
         title += f", float perplexity {rows[0]['float_perplexity']['value']:.4g}"
     lines = [title, "", f"| {' | '.join(columns)} |", "|---" * 2 + "|--:" * (len(columns) - 2) + "|"]
