@@ -24,20 +24,17 @@ default or a number from elsewhere. Unknown fields are refused, so that a misspe
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hf_qep.errors import CheckpointError, FormatVersionError
 from hf_qep.evaluation import schema
 from hf_qep.evaluation.divergence import TextScore
 from hf_qep.evaluation.embeddings import EmbeddingScore
 from hf_qep.evaluation.environment import Environment, ModelFacts
+from hf_qep.evaluation.json_file import JsonFile
 from hf_qep.evaluation.speed import Speed
 from hf_qep.evaluation.tasks import TaskResult
-from hf_qep.files import write_text_aside
 
 FILE_NAME = "hf_qep_eval.json"
 SCHEMA_VERSION = 2
@@ -71,8 +68,11 @@ class PairCost:
 
 
 @dataclass(frozen=True)
-class EvalRecord:
+class EvalRecord(JsonFile):
     """One evaluation of a quantised model against its float original."""
+
+    file_name = FILE_NAME
+    what = "evaluation record"
 
     subject: Annotated[ModelFacts, "the quantised model"]
     baseline: Annotated[ModelFacts, "the float model"]
@@ -90,45 +90,6 @@ class EvalRecord:
     )
     schema: Annotated[Literal["hf_qep_eval"], "kind of file"] = "hf_qep_eval"
     schema_version: Annotated[int, "raised with every change of the fields"] = SCHEMA_VERSION
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; `schema` and `schema_version` come first."""
-        values = schema.to_json(self)
-        return {"schema": values.pop("schema"), "schema_version": values.pop("schema_version"), **values}
-
-    @classmethod
-    def from_dict(cls, values: Any) -> EvalRecord:
-        """Validate and build. Raises FormatVersionError for a newer schema, CheckpointError for anything malformed."""
-        if not isinstance(values, dict) or values.get("schema") != "hf_qep_eval":
-            raise CheckpointError("this is no evaluation record: its `schema` is not 'hf_qep_eval'")
-        version = values.get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise FormatVersionError(
-                f"this evaluation record has schema version {version} and this hf_qep reads up to {SCHEMA_VERSION}; "
-                "run: pip install --upgrade hf-qep"
-            )
-        try:
-            return schema.from_json(cls, values)
-        except schema.SchemaError as error:
-            raise CheckpointError(f"the evaluation record is malformed: {error}") from error
-
-    def write(self, path: Path) -> Path:
-        """Write to the file `path`, or to `hf_qep_eval.json` in the folder `path`, in one step; returns the file."""
-        path = path / FILE_NAME if path.is_dir() else path
-        write_text_aside(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        return path
-
-    @classmethod
-    def read(cls, path: Path) -> EvalRecord:
-        """Read a record file, or that of a folder. Raises CheckpointError or FormatVersionError."""
-        path = path / FILE_NAME if path.is_dir() else path
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"there is no evaluation record {path.name!r}; run: hf-qep eval") from error
-        except ValueError as error:
-            raise CheckpointError(f"the evaluation record {path.name!r} is not JSON: {error}") from error
-        return cls.from_dict(values)
 
 
 def json_schema() -> dict[str, Any]:

@@ -16,23 +16,20 @@ again. Samples show how a model fails, scores how often: one is no substitute fo
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
-from hf_qep.errors import CheckpointError, FormatVersionError
 from hf_qep.evaluation import schema
 from hf_qep.evaluation.environment import Environment
+from hf_qep.evaluation.json_file import JsonFile
 from hf_qep.evaluation.record import EvalRecord
 from hf_qep.evaluation.speed import generates_text
-from hf_qep.files import write_text_aside
 from hf_qep.progress import SILENT, Progress
 
 FILE_NAME = "hf_qep_samples.json"
@@ -90,8 +87,11 @@ class SampleBaseline:
 
 
 @dataclass(frozen=True)
-class Samples:
+class Samples(JsonFile):
     """Continuations of a quantised model beside those of its original."""
+
+    file_name = FILE_NAME
+    what = "file of recorded samples"
 
     subject: Annotated[SampleSubject, "the quantised model"]
     baseline: Annotated[SampleBaseline, "the float model"]
@@ -109,45 +109,6 @@ class Samples:
     def worst(self) -> int | None:
         """Index of the sample on which the models agree least, None without samples."""
         return min(range(len(self.items)), key=lambda i: self.items[i].agreement, default=None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; `schema` and `schema_version` come first."""
-        values = schema.to_json(self)
-        return {"schema": values.pop("schema"), "schema_version": values.pop("schema_version"), **values}
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Samples:
-        """Validate and build. Raises FormatVersionError for a newer schema, CheckpointError for anything malformed."""
-        if not isinstance(values, dict) or values.get("schema") != "hf_qep_samples":
-            raise CheckpointError("these are no recorded samples: their `schema` is not 'hf_qep_samples'")
-        version = values.get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise FormatVersionError(
-                f"these recorded samples have schema version {version} and this hf_qep reads up to {SCHEMA_VERSION}; "
-                "run: pip install --upgrade hf-qep"
-            )
-        try:
-            return schema.from_json(cls, values, "samples")
-        except schema.SchemaError as error:
-            raise CheckpointError(f"the recorded samples are malformed: {error}") from error
-
-    def write(self, path: Path) -> Path:
-        """Write to the file `path`, or to `hf_qep_samples.json` in the folder `path`, in one step; returns the file."""
-        path = path / FILE_NAME if path.is_dir() else path
-        write_text_aside(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        return path
-
-    @classmethod
-    def read(cls, path: Path) -> Samples:
-        """Read a file of samples, or that of a folder. Raises CheckpointError or FormatVersionError."""
-        path = path / FILE_NAME if path.is_dir() else path
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"there are no recorded samples {path.name!r}; run: hf-qep eval") from error
-        except ValueError as error:
-            raise CheckpointError(f"the recorded samples {path.name!r} are not JSON: {error}") from error
-        return cls.from_dict(values)
 
 
 def json_schema() -> dict[str, Any]:

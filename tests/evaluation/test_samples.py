@@ -123,7 +123,7 @@ def test_samples_come_back_from_their_file(pair, plain_tokenizer, record, tmp_pa
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"schema": "other"}, CheckpointError, "no recorded samples"),
+        ({"schema": "other"}, CheckpointError, "no file of recorded samples"),
         ({"schema_version": SCHEMA_VERSION + 1}, FormatVersionError, "upgrade"),
         ({"do_sample": True}, CheckpointError, "do_sample"),
         ({"extra": 1}, CheckpointError, "extra"),

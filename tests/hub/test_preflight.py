@@ -268,7 +268,7 @@ def test_samples_of_other_weights_are_refused(checkpoint):
 
 def test_samples_that_are_none_are_refused_and_their_absence_is_fine(checkpoint):
     edit_json(checkpoint / SAMPLES, lambda samples: samples.update(do_sample=True))
-    assert "samples are malformed" in one_problem(checkpoint, unsafe=False)
+    assert "samples is malformed" in one_problem(checkpoint, unsafe=False)
     (checkpoint / SAMPLES).unlink()
     assert check_folder(checkpoint).problems == []
 
