@@ -7,7 +7,6 @@ and once more to the end: at most groups + 1 passes.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from hf_qep.architectures.skeleton import BlockInputs, run_block
 from hf_qep.architectures.structure import Block, Group, LinearRef
 from hf_qep.config import QepConfig
 from hf_qep.engine.report import LayerReport, QuantizationReport
+from hf_qep.engine.seeds import derived_seed
 from hf_qep.engine.streams import Stream, StreamStore
 from hf_qep.engine.tuning import TuningData, latents_of, tune_block
 from hf_qep.errors import ArchitectureError, NonFiniteError
@@ -286,5 +286,4 @@ def _relative_error(target: Tensor, shipped: Tensor, hessian: Tensor) -> float:
 
 def layer_seed(seed: int, ref: LinearRef) -> int:
     """Seed of one linear, from its name: order and number of devices cannot change it."""
-    digest = hashlib.sha256(f"{seed}:{ref.name}:{ref.expert}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return derived_seed(seed, ref.name, ref.expert)

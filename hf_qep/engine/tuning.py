@@ -12,7 +12,6 @@ that is the solved state if none is better.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from hf_qep.algorithms.straight_through import start_latents, trained_sign
 from hf_qep.architectures.parts import Block, Structure
 from hf_qep.architectures.skeleton import forward_block, forward_rest, run_block
 from hf_qep.engine.report import BlockTuning
+from hf_qep.engine.seeds import derived_seed
 from hf_qep.modules import QepLinear, packed_modules, replace_module
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class _Tuner:
         optimizer = torch.optim.Adam(self._rates(), betas=BETAS)
         steps = epochs * len(self.train)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * k / steps)))
-        generator = torch.Generator().manual_seed(_seed(self.job.config.seed, self.block.name))
+        generator = torch.Generator().manual_seed(derived_seed("tune", self.job.config.seed, self.block.name))
         best, lowest, kept = 0, before, self.state()
         for epoch in range(1, epochs + 1):
             for position in torch.randperm(len(self.train), generator=generator).tolist():
@@ -349,8 +349,3 @@ def _output_loss(output: Any, teacher: TopClasses | Tensor, mask: Tensor | None)
         return each.mean()
     kept = mask.to(each)
     return (each * kept).sum() / kept.sum().clamp_min(1)
-
-
-def _seed(seed: int, name: str) -> int:
-    digest = hashlib.sha256(f"tune:{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_qep.engine.headers import CODE_KEYS, INDEX_FILE, MANIFEST, SINGLE_FILE, read_header, read_headers, read_json
-from hf_qep.errors import QepError
+from hf_qep.errors import QepError, UnsafeContentError
 from hf_qep.files import canonical_json, sha256
 from hf_qep.hub import secrets
 from hf_qep.hub.allowed import LOADER, MADE_LATER, REQUIRED, kind_of, list_files
@@ -98,6 +98,15 @@ def check_folder(folder: Path, *, tokens: tuple[str, ...] = (), progress: Progre
         except RecursionError:
             report.problems.append("a json file is nested too deeply to be one of a checkpoint; run: hf-qep quantize")
     return report
+
+
+def refuse_problems(problems: list[str], unsafe: list[str], otherwise: type[QepError]) -> None:
+    """Raise for problems, all in one sentence: UnsafeContentError if one is unsafe, else `otherwise`."""
+    if not problems:
+        return
+    first, *others = problems
+    kind = UnsafeContentError if unsafe else otherwise
+    raise kind(first + "".join(f". Also: {other}" for other in others))
 
 
 def git_oid(data: bytes) -> str:

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from hf_qep.errors import PublishError, UnsafeContentError
-from hf_qep.hub.preflight import LocalFile
+from hf_qep.errors import PublishError
+from hf_qep.hub.preflight import LocalFile, refuse_problems
 from hf_qep.hub.push_plan import (
     MAX_PULL_REQUESTS,
     PushOptions,
@@ -60,11 +60,7 @@ class PushResult:
 
 def refuse(plan: PushPlan) -> None:
     """Raise for a plan with problems: UnsafeContentError if one is unsafe, else PublishError."""
-    if not plan.problems:
-        return
-    kind = UnsafeContentError if plan.unsafe else PublishError
-    first, *others = plan.problems
-    raise kind(first + "".join(f". Also: {other}" for other in others))
+    refuse_problems(plan.problems, plan.unsafe, PublishError)
 
 
 def execute(plan: PushPlan, *, remote: Remote | None = None, progress: Progress = SILENT) -> PushResult:

@@ -143,12 +143,12 @@ class Remote:
 
         return self.call(f"look at {repo_id}", ask)
 
-    def files(self, repo_id: str, revision: str) -> dict[str, RemoteFile]:
+    def files(self, repo_id: str, revision: str, *, repo_type: str = "model") -> dict[str, RemoteFile]:
         """Files of a commit or branch, by name."""
         from huggingface_hub.hf_api import RepoFile
 
         def ask() -> dict[str, RemoteFile]:
-            entries = self.api.list_repo_tree(repo_id, recursive=True, revision=revision)
+            entries = self.api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
             files = [entry for entry in entries if isinstance(entry, RepoFile)]
             return {f.path: RemoteFile(f.path, f.size, f.blob_id, f.lfs.sha256 if f.lfs else None) for f in files}
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_qep.errors import SpaceError, UnsafeContentError
+from hf_qep.errors import SpaceError
 from hf_qep.files import sha256
+from hf_qep.hub.preflight import refuse_problems
 from hf_qep.hub.push_plan import differences
 from hf_qep.hub.remote import HubRefusal, Remote
 from hf_qep.hub.space_plan import DeployOptions, DeployPlan, plan_deploy, space_state
@@ -54,12 +55,7 @@ class DeployResult:
 
 def refuse(plan: DeployPlan) -> None:
     """Raise for a plan with problems: UnsafeContentError if a file must not be published, else SpaceError."""
-    if not plan.problems:
-        return
-    first, *others = plan.problems
-    unsafe = any(" holds " in problem or " is a link" in problem for problem in plan.problems)
-    kind = UnsafeContentError if unsafe else SpaceError
-    raise kind(first + "".join(f". Also: {other}" for other in others))
+    refuse_problems(plan.problems, plan.unsafe, SpaceError)
 
 
 def deploy(
@@ -114,16 +110,17 @@ def _send(plan: DeployPlan, remote: Remote) -> tuple[str, bool]:
 
     if plan.state is None:
         raise SpaceError(f"{plan.repo_id} is gone; deploy again")
-    if not plan.sends and not plan.deletes:
+    sends, deletes = plan.sends, plan.deletes  # each look compares all files
+    if not sends and not deletes:
         return plan.state.head, False
     digests = {file.path: file.sha256 for file in plan.files}
     operations: list[Any] = []
-    for name in plan.sends:
+    for name in sends:
         path = plan.folder / name
         if path.is_symlink() or sha256(path) != digests[name]:
             raise SpaceError(f"{name!r} changed after it was checked; nothing was sent, deploy again")
         operations.append(CommitOperationAdd(name, path.read_bytes()))
-    operations += [CommitOperationDelete(name) for name in plan.deletes]
+    operations += [CommitOperationDelete(name) for name in deletes]
     tried = False
 
     def commit() -> str:

@@ -129,10 +129,11 @@ def _bring_package(folder: Path, requirement: str | None) -> None:
 
 @dataclass
 class SpaceFiles:
-    """names: files that may be deployed. problems: what forbids the rest."""
+    """names: files that may be deployed. problems: what forbids the rest; unsafe: the links among them."""
 
     names: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    unsafe: list[str] = field(default_factory=list)
 
 
 def space_files(folder: Path) -> SpaceFiles:
@@ -144,7 +145,8 @@ def space_files(folder: Path) -> SpaceFiles:
         if {"__pycache__", ".gradio", ".git"} & set(Path(name).parts) or name == ".gitattributes":
             continue
         if stat.S_ISLNK(mode):
-            found.problems.append(f"{name!r} is a link; replace it by a copy of the file")
+            found.unsafe.append(f"{name!r} is a link; replace it by a copy of the file")
+            found.problems.append(found.unsafe[-1])
         elif stat.S_ISDIR(mode):
             continue
         elif not stat.S_ISREG(mode):

@@ -44,7 +44,7 @@ class SpaceState:
 
 @dataclass
 class DeployPlan:
-    """A deployment that was checked. `problems` forbid it, `warnings` do not."""
+    """A deployment that was checked. `problems` forbid it, `warnings` do not; `unsafe` is a part of `problems`."""
 
     folder: Path
     repo_id: str
@@ -55,6 +55,8 @@ class DeployPlan:
     variables: dict[str, str] = field(default_factory=dict)
     """all that shall be set"""
     problems: list[str] = field(default_factory=list)
+    unsafe: list[str] = field(default_factory=list)
+    """secrets and links, a part of `problems`"""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -135,10 +137,13 @@ def plan_deploy(
 def _check_folder(plan: DeployPlan, remote: Remote) -> None:
     found = space_files(plan.folder)
     plan.problems += found.problems
+    plan.unsafe += found.unsafe
     for name in found.names:
         path = plan.folder / name
         # The source of this package names folders of systems where it reads them; it is published as it is.
-        plan.problems += secrets.scan(path, name, tokens=remote.tokens, places=not name.startswith("hf_qep/"))
+        hits = secrets.scan(path, name, tokens=remote.tokens, places=not name.startswith("hf_qep/"))
+        plan.problems += hits
+        plan.unsafe += hits
         plan.files.append(LocalFile(name, path.stat().st_size, sha256(path)))
     if "README.md" in found.names:
         plan.problems += readme_problems((plan.folder / "README.md").read_text(encoding="utf-8", errors="replace"))
@@ -188,7 +193,6 @@ def _check_secrets(plan: DeployPlan, remote: Remote) -> None:
 def space_state(remote: Remote, repo_id: str) -> SpaceState | None:
     """The Space as it is, None if there is none that this token may see. Raises HubRefusal."""
     from huggingface_hub.errors import RepositoryNotFoundError
-    from huggingface_hub.hf_api import RepoFile
 
     api = remote.api
 
@@ -203,11 +207,7 @@ def space_state(remote: Remote, repo_id: str) -> SpaceState | None:
     info = remote.call(f"look at the Space {repo_id}", ask)
     if info is None:
         return None
-    entries = remote.call(
-        f"list the files of {repo_id}",
-        lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=info.sha, repo_type="space")),
-    )
-    files = {e.path: e for e in entries if isinstance(e, RepoFile)}
+    files = remote.files(repo_id, str(info.sha), repo_type="space")
     variables = remote.call(f"read the variables of {repo_id}", lambda: api.get_space_variables(repo_id))
     known = remote.call(f"list the secrets of {repo_id}", lambda: api.get_space_secrets(repo_id))
     runtime = remote.call(f"ask what {repo_id} runs on", lambda: api.get_space_runtime(repo_id))
@@ -217,5 +217,5 @@ def space_state(remote: Remote, repo_id: str) -> SpaceState | None:
         runtime.requested_hardware,
         {name: variable.value for name, variable in variables.items()},
         tuple(known),
-        {n: RemoteFile(n, f.size, f.blob_id, f.lfs.sha256 if f.lfs else None) for n, f in files.items()},
+        files,
     )

@@ -15,7 +15,6 @@ from hf_qep.engine.headers import MANIFEST, read_json
 from hf_qep.errors import CardError
 from hf_qep.evaluation.divergence import TextScore
 from hf_qep.evaluation.record import EvalRecord
-from hf_qep.evaluation.samples import FILE_NAME as SAMPLES
 from hf_qep.evaluation.samples import Samples
 from hf_qep.files import sha256
 from hf_qep.hub.allowed import LOADER, kind_of, list_files
@@ -24,7 +23,7 @@ from hf_qep.hub.cards.baselines import Baseline, read_baselines
 from hf_qep.hub.cards.escape import is_repo_id
 from hf_qep.hub.cards.manifest import Manifest
 from hf_qep.hub.licences import LicenceDecision, decide
-from hf_qep.hub.preflight import RECORD, record_problems
+from hf_qep.hub.preflight import RECORD, SAMPLES, LocalFile, record_problems
 from hf_qep.hub.remote import HubRefusal, Remote
 from hf_qep.progress import SILENT, Progress
 
@@ -46,15 +45,6 @@ class CardOptions:
 
 
 @dataclass(frozen=True)
-class FileFact:
-    """One file of the checkpoint."""
-
-    name: str
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class CardFacts:
     """What is known of one checkpoint."""
 
@@ -68,7 +58,7 @@ class CardFacts:
     """Hub id of the original, None if it has none"""
     base_seen: bool
     """whether the Hub was asked and knows it"""
-    files: tuple[FileFact, ...]
+    files: tuple[LocalFile, ...]
     samples: Samples | None = None
     baselines: tuple[Baseline, ...] = ()
     plot: str | None = None
@@ -120,7 +110,7 @@ class CardFacts:
     @property
     def file_bytes(self) -> int:
         """Bytes of the weight files."""
-        return sum(file.size for file in self.files if kind_of(file.name) == "weights")
+        return sum(file.size for file in self.files if file.is_weights)
 
     @property
     def float_bytes(self) -> int | None:
@@ -135,7 +125,7 @@ class CardFacts:
     @property
     def has_loader(self) -> bool:
         """Whether the folder carries the loader for machines without this package."""
-        return any(file.name == LOADER for file in self.files)
+        return any(file.path == LOADER for file in self.files)
 
 
 def gather(
@@ -157,7 +147,7 @@ def gather(
         )
     made = Manifest.read(folder)
     files = _files(folder, progress)
-    digests = {file.name: file.sha256 for file in files}
+    digests = {file.path: file.sha256 for file in files}
     if problems := record_problems(folder, digests):
         raise CardError(problems[0])
     _check_weights(made, files)
@@ -189,18 +179,18 @@ def _check_names(options: CardOptions) -> None:
         raise CardError(f"--quantized-by {options.quantized_by!r} is no name of an account on the Hub")
 
 
-def _files(folder: Path, progress: Progress) -> tuple[FileFact, ...]:
+def _files(folder: Path, progress: Progress) -> tuple[LocalFile, ...]:
     """Allowed files with digests, the card and what is drawn for it apart; links are never followed."""
     names = [name for name in list_files(folder)[0] if kind_of(name) not in ("card", "plot", "result")]
     found = []
     with progress.bar("checksums", len(names), "file") as bar:
         for name in names:
-            found.append(FileFact(name, (folder / name).stat().st_size, sha256(folder / name)))
+            found.append(LocalFile(name, (folder / name).stat().st_size, sha256(folder / name)))
             bar.advance(detail=name)
     return tuple(found)
 
 
-def _check_weights(made: Manifest, files: Sequence[FileFact]) -> None:
+def _check_weights(made: Manifest, files: Sequence[LocalFile]) -> None:
     """The manifest must be that of these weight files: the card takes the layers from it."""
     listed = made.raw.get("files")
     listed = listed if isinstance(listed, dict) else {}
@@ -209,7 +199,7 @@ def _check_weights(made: Manifest, files: Sequence[FileFact]) -> None:
         for name, entry in listed.items()
         if kind_of(name) == "weights" and isinstance(entry, dict)
     }
-    if wanted != {file.name: file.sha256 for file in files if kind_of(file.name) == "weights"}:
+    if wanted != {file.path: file.sha256 for file in files if file.is_weights}:
         raise CardError(f"{MANIFEST!r} lists other weight files than these; quantise again")
 
 

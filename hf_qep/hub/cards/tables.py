@@ -167,7 +167,7 @@ def hardware_table(facts: CardFacts) -> Markdown:
 
 def file_table(facts: CardFacts) -> Markdown:
     """Names, bytes and digests of the checkpoint's files."""
-    rows = [[code(file.name), file.size, code(file.sha256)] for file in facts.files]
+    rows = [[code(file.path), file.size, code(file.sha256)] for file in facts.files]
     return table(["file", "bytes", "sha256"], rows, numbers=(1,))
 
 

@@ -177,7 +177,7 @@ def snippet(facts: CardFacts) -> Markdown:
 
 
 def _has_tokenizer(facts: CardFacts) -> bool:
-    return any(file.name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model") for file in facts.files)
+    return any(file.path in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model") for file in facts.files)
 
 
 def quantise_command(facts: CardFacts) -> Markdown:
