@@ -10,7 +10,6 @@ import typer
 
 from hf_qep.cli import output
 from hf_qep.cli.placement import DeviceOption, DtypeOption, to_device, to_dtype
-from hf_qep.engine.headers import MANIFEST, read_json
 from hf_qep.errors import CheckpointError, ConfigError
 from hf_qep.progress import Progress
 
@@ -163,7 +162,7 @@ class Pair:
 
 def load_pair(job: Job) -> Pair:
     """Load the checkpoint and its float original. Raises QepError."""
-    from hf_qep.engine.source import load_float_model, resolve_model
+    from hf_qep.engine.source import load_float_model, load_quantized, resolve_model
 
     folder = resolve_model(job.subject)
     name, revision = (job.baseline, None) if job.baseline else manifest_baseline(folder)
@@ -176,11 +175,10 @@ def load_pair(job: Job) -> Pair:
 
 def manifest_baseline(folder: Path) -> tuple[str, str | None]:
     """`base_model` and `revision` of the checkpoint's manifest. Raises ConfigError if there is none."""
-    if (folder / MANIFEST).is_file():
-        manifest = read_json(folder / MANIFEST)
-        name, revision = manifest.get("base_model"), manifest.get("revision")
-        if isinstance(name, str) and name:
-            return name, revision if isinstance(revision, str) else None
+    from hf_qep.engine.source import original_of
+
+    if found := original_of(folder):
+        return found
     raise ConfigError(f"{folder.name!r} does not say which model it was made from; give it with --baseline MODEL")
 
 
@@ -200,14 +198,6 @@ def resolve_baseline(name: str, revision: str | None, *, given: bool) -> Path:
             f"the manifest names {name!r} as the float model, and it cannot be had ({error}); give its folder or Hub "
             "id with --baseline"
         ) from error
-
-
-def load_quantized(folder: Path, kind: Any, dtype: Any) -> Any:
-    """The packed model of `folder` as class `kind`. Raises CheckpointError if the folder holds no packed weights."""
-    settings = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(settings, dict) or settings.get("quant_method") != "qep":
-        raise CheckpointError(f"{folder.name!r} is no checkpoint of hf_qep; make one with: hf-qep quantize")
-    return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype or "auto").eval()
 
 
 def choose_tasks(tasks: str | None, folder: Path | None, limit: int | None, seed: int) -> list[Any]:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -75,6 +75,23 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """What is being done, on standard error, dimmed."""
     _console(stderr=True).print(Text(text, style="dim"), soft_wrap=True)
+
+
+def show_dry_run(plan: Any, show: Callable[[Any], None], as_json: bool) -> None:
+    """What a plan would do, by `show` or as JSON, with its warnings and problems; problems end in exit code 2.
+
+    plan: has `to_dict`, `warnings` and `problems`.
+    """
+    if as_json:
+        print_json({"dry_run": True, **plan.to_dict()})
+    else:
+        show(plan)
+        for sentence in plan.warnings:
+            say(f"* Warning: {sentence}")
+        for sentence in plan.problems:
+            say(f"* Refused: {sentence}")
+    if plan.problems:
+        raise typer.Exit(REFUSED)
 
 
 @contextmanager

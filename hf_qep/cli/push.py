@@ -53,7 +53,7 @@ def push_command(
     remote = Remote()
     plan = plan_push(folder, repo_id, options, remote=remote, progress=progress)
     if dry_run:
-        _show_dry_run(plan, as_json)
+        output.show_dry_run(plan, show_plan, as_json)
         return
     for sentence in plan.warnings:
         output.note(f"Warning: {sentence}")
@@ -69,15 +69,6 @@ def push_command(
     if not quiet:
         at = f" --revision {result.pull_request or revision}" if result.pull_request or revision != "main" else ""
         output.note(f"Check it as a reader would: hf-qep verify {result.repo_id}{at}")
-
-
-def _show_dry_run(plan: PushPlan, as_json: bool) -> None:
-    if as_json:
-        output.print_json({"dry_run": True, **plan.to_dict()})
-    else:
-        show_plan(plan)
-    if plan.problems:
-        raise typer.Exit(output.REFUSED)
 
 
 def show_plan(plan: PushPlan) -> None:
@@ -99,10 +90,6 @@ def show_plan(plan: PushPlan) -> None:
     output.print_table("Files", ["name", "bytes", "sha256", "on the Hub"], rows)
     for name in plan.kept:
         output.say(f"* {name!r} on the Hub is left alone")
-    for sentence in plan.warnings:
-        output.say(f"* Warning: {sentence}")
-    for sentence in plan.problems:
-        output.say(f"* Refused: {sentence}")
 
 
 def show_result(result: PushResult) -> None:

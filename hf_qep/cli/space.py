@@ -115,7 +115,7 @@ def deploy_command(
     options = DeployOptions(hardware, public, secrets, wait, timeout)
     plan = plan_deploy(folder, repo_id, options, remote=remote)
     if dry_run:
-        _show_dry_run(plan, as_json)
+        output.show_dry_run(plan, _show_plan, as_json)
         return
     for sentence in plan.warnings:
         output.note(f"Warning: {sentence}")
@@ -145,26 +145,17 @@ def _secret(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _show_dry_run(plan: DeployPlan, as_json: bool) -> None:
-    if as_json:
-        output.print_json({"dry_run": True, **plan.to_dict()})
-    else:
-        facts: dict[str, Any] = {
-            "Space": f"{plan.repo_id} ({'exists' if plan.state else 'would be created'}, on {plan.endpoint})",
-            "visibility": "public" if plan.public else "private",
-            "hardware": plan.options.hardware,
-            "variables": ", ".join(f"{n}={v}" for n, v in plan.variables.items()) or None,
-            "secrets to set": ", ".join(sorted(plan.options.secrets)) or None,
-            "files to send": f"{len(plan.sends)} of {len(plan.files)}",
-            "files to delete": ", ".join(plan.deletes) or None,
-        }
-        output.print_facts("Dry run: nothing was changed", facts)
-        for sentence in plan.warnings:
-            output.say(f"* Warning: {sentence}")
-        for sentence in plan.problems:
-            output.say(f"* Refused: {sentence}")
-    if plan.problems:
-        raise typer.Exit(output.REFUSED)
+def _show_plan(plan: DeployPlan) -> None:
+    facts: dict[str, Any] = {
+        "Space": f"{plan.repo_id} ({'exists' if plan.state else 'would be created'}, on {plan.endpoint})",
+        "visibility": "public" if plan.public else "private",
+        "hardware": plan.options.hardware,
+        "variables": ", ".join(f"{n}={v}" for n, v in plan.variables.items()) or None,
+        "secrets to set": ", ".join(sorted(plan.options.secrets)) or None,
+        "files to send": f"{len(plan.sends)} of {len(plan.files)}",
+        "files to delete": ", ".join(plan.deletes) or None,
+    }
+    output.print_facts("Dry run: nothing was changed", facts)
 
 
 def _show_result(result: DeployResult) -> None:

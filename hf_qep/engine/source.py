@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from hf_qep.engine.headers import MAX_DIMENSION, TensorEntry, check_links, read_headers, read_json
+from hf_qep.engine.headers import MANIFEST, MAX_DIMENSION, TensorEntry, check_links, read_headers, read_json
 from hf_qep.errors import AlreadyQuantizedError, CheckpointError, DiskSpaceError, NonFiniteError
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
@@ -121,6 +121,29 @@ def check_limits(config: dict[str, Any], tensors: int) -> None:
     """
     _check_sizes(config, "")
     _check_layer_count(config, tensors)
+
+
+def load_quantized(folder: Path, kind: Any = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The packed model of `folder` in eval mode. kind: its class, default is what its config says. dtype: as stored.
+
+    Raises CheckpointError if the folder holds no packed weights.
+    """
+    settings = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != "qep":
+        raise CheckpointError(f"{folder.name!r} is no checkpoint of hf_qep; make one with: hf-qep quantize")
+    kind = kind or model_class(AutoConfig.from_pretrained(folder, local_files_only=True))
+    return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype or "auto").eval()
+
+
+def original_of(folder: Path) -> tuple[str, str | None] | None:
+    """`base_model` and `revision` of the manifest of a checkpoint, None if it names no original."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_json(folder / MANIFEST)
+    name, revision = manifest.get("base_model"), manifest.get("revision")
+    if not isinstance(name, str) or not name:
+        return None
+    return name, revision if isinstance(revision, str) else None
 
 
 def check_finite(model: PreTrainedModel) -> None:

@@ -14,8 +14,15 @@ import torch
 import transformers
 from settings import Settings
 
-from hf_qep.engine.headers import MANIFEST, check_links, read_headers, read_json
-from hf_qep.engine.source import licence_of, load_float_model, model_class, resolve_model, snapshot_revision
+from hf_qep.engine.headers import check_links, read_headers
+from hf_qep.engine.source import (
+    licence_of,
+    load_float_model,
+    load_quantized,
+    original_of,
+    resolve_model,
+    snapshot_revision,
+)
 from hf_qep.errors import CheckpointError, QepError
 from hf_qep.evaluation.memory import weight_bytes
 from hf_qep.evaluation.record import EvalRecord
@@ -138,7 +145,7 @@ class Models:
         if wanted == "recorded":
             self._fall_back()
             return
-        self.base = self.base if self.base[0] else _base_of(folder)
+        self.base = self.base if self.base[0] else original_of(folder) or ("", None)
         if not self.base[0]:
             self.original_note = texts.NO_BASE
             self._fall_back()
@@ -194,22 +201,8 @@ def _device(wanted: str) -> torch.device:
 def _load_packed(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     check_links(folder)
     read_headers(folder)  # an index can name files outside the folder, and transformers would follow it
-    config = read_json(folder / "config.json")
-    packed = config.get("quantization_config")
-    if not isinstance(packed, dict) or packed.get("quant_method") != "qep":
-        raise CheckpointError(f"{folder.name!r} is no checkpoint of hf_qep; make one with: hf-qep quantize")
-    kind = model_class(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
-    model = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype or "auto")
+    model = load_quantized(folder, dtype=dtype)
     return model, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _base_of(folder: Path) -> tuple[str, str | None]:
-    """Name and commit of the model that this one was made from."""
-    if not (folder / MANIFEST).is_file():
-        return "", None
-    manifest = read_json(folder / MANIFEST)
-    name, revision = manifest.get("base_model"), manifest.get("revision")
-    return (name if isinstance(name, str) else ""), (revision if isinstance(revision, str) else None)
 
 
 def weight_digests(folder: Path) -> dict[str, str]:
