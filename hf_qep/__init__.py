@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hf_qep.config import QepConfig
     from hf_qep.engine.job import quantize_model
     from hf_qep.errors import QepError
-    from hf_qep.modules import QepConv1D, QepExpertWeight, QepLinear
+    from hf_qep.modules import QepConv1D, QepEmbedding, QepExpertWeight, QepLinear
     from hf_qep.quantizer import QepHfQuantizer
     from hf_qep.remote_code import add_remote_code
 
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "QepConfig",
     "QepConv1D",
+    "QepEmbedding",
     "QepError",
     "QepExpertWeight",
     "QepHfQuantizer",
@@ -39,6 +40,7 @@ __all__ = [
 _HOME = {
     "QepConfig": "config",
     "QepConv1D": "modules",
+    "QepEmbedding": "modules",
     "QepError": "errors",
     "QepExpertWeight": "modules",
     "QepHfQuantizer": "quantizer",

@@ -4,6 +4,9 @@ In the order of a load: `swap_modules` puts packed modules in place while the mo
 keeps the family's weight converters off packed experts, `check_files` compares the headers of the files with what the
 packed modules need, `finish_loading` freezes or frees the scales. `dequantize_modules` goes back to a float model.
 
+A head that is tied to a packed embedding is packed as well and shares its tensor; only the embedding is listed in the
+config and stored, for the tie is the model's own rule.
+
 On disk a packed linear is `<name>.weight` (int32), `<name>.weight_scale`, ...; the names are the Hub's original ones
 wherever transformers renames a family's tensors. Packed experts keep the name of the float parameter for their signs,
 `...experts.gate_up_proj`, so that a loader without this package stops at a shape it does not expect.
@@ -12,7 +15,7 @@ wherever transformers renames a family's tensors. Packed experts keep the name o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +34,18 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qep.config import QepConfig
 from hf_qep.errors import CheckpointError
-from hf_qep.modules import PackedTensors, QepConv1D, QepExpertWeight, packed_like, packed_modules, replace_module
+from hf_qep.modules import (
+    PackedTensors,
+    QepConv1D,
+    QepEmbedding,
+    QepExpertWeight,
+    packed_like,
+    packed_modules,
+    packed_tables,
+    replace_module,
+    tied_names,
+)
+from hf_qep.registry import FORMATS
 
 STORED_DTYPES = {torch.int32: {"I32"}, torch.float16: {"F16"}}
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -61,11 +75,21 @@ def swap_modules(model: PreTrainedModel, config: QepConfig) -> None:
         )
     for name, found in located.items():
         replace_module(model, found, packed_like(model, found, specs[name], device="meta"))
+    _swap_tied(model)
     prefer_eager_experts(model)
 
 
-def _locate(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Name in the checkpoint's config -> name in this model."""
+def _swap_tied(model: PreTrainedModel) -> None:
+    """Pack the other side of every tie whose one side is a packed table; transformers joins them after loading."""
+    tables = packed_tables(model)
+    for pair in tied_names(model).items():
+        for name, other in (pair, pair[::-1]):
+            if other in tables and name not in tables:
+                replace_module(model, name, packed_like(model, name, tables[other].spec, device="meta"))
+
+
+def _locate(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
+    """Name in the checkpoint's config -> name in this model. names: with the specs."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     prefix = f"{model.base_model_prefix}."
     located: dict[str, str] = {}
@@ -79,16 +103,20 @@ def _locate(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
         found = next((c for c in candidates if c in modules or c in parameters), None)
         if found is None:
             continue
-        _check_packable(found, modules.get(found), parameters.get(found))
+        _check_packable(found, modules.get(found), parameters.get(found), names[name])
         located[name] = found
     return located
 
 
-def _check_packable(name: str, module: nn.Module | None, parameter: Tensor | None) -> None:
+def _check_packable(name: str, module: nn.Module | None, parameter: Tensor | None, spec: Any) -> None:
     if isinstance(module, nn.Linear | Conv1D) or (parameter is not None and parameter.dim() == 3):
         return
+    if isinstance(module, nn.Embedding) and hasattr(FORMATS.get(spec.format), "rows"):
+        return
     kind = type(module if parameter is None else parameter).__name__
-    raise CheckpointError(f"the quantization config lists `{name}` of class {kind}, which cannot be packed")
+    raise CheckpointError(
+        f"the quantization config lists `{name}` of class {kind}, which cannot be packed in format `{spec.format}`"
+    )
 
 
 def prefer_eager_experts(model: nn.Module) -> None:
@@ -141,7 +169,7 @@ def check_files(model: PreTrainedModel, files: Sequence[str], transforms: Sequen
     packed = packed_modules(model)
     needed = {f"{name}.{leaf}": p for name, m in packed.items() for leaf, p in m.named_parameters()}
     problems = {
-        "missing": [name for name in needed if name not in stored],
+        "missing": _missing(model, needed, stored),
         "wrong shape or dtype": [
             f"{name} {stored[name][1]} {list(stored[name][0])} instead of {_describe(p)}"
             for name, p in needed.items()
@@ -196,6 +224,13 @@ def _fits(header: Header, parameter: Tensor) -> bool:
     return shape == tuple(parameter.shape) and dtype in STORED_DTYPES.get(parameter.dtype, FLOATS)
 
 
+def _missing(model: PreTrainedModel, needed: Iterable[str], stored: Iterable[str]) -> list[str]:
+    """Names that are not stored, nor under the name of a parameter that they are tied to."""
+    tied = model.all_tied_weights_keys
+    found = {tied.get(name, name) for name in stored}
+    return [name for name in needed if tied.get(name, name) not in found]
+
+
 def _unlisted(model: nn.Module, stored: dict[str, Header], needed: dict[str, Tensor]) -> list[str]:
     floats = {name for name, p in model.named_parameters() if p.is_floating_point()} - set(needed)
     return [name for name, (_, dtype) in stored.items() if dtype == "I32" and name in floats]
@@ -231,7 +266,9 @@ def finish_loading(model: PreTrainedModel, *, trainable_scales: bool) -> None:
 
 def settle(model: PreTrainedModel, config: QepConfig) -> None:
     """Make a model that was quantised in memory save as one that was loaded: names, transforms, experts."""
-    config.set_layers({name: module.spec for name, module in packed_modules(model).items()})
+    packed, tied = packed_modules(model), tied_names(model)
+    listed = {n: m for n, m in packed.items() if getattr(packed.get(tied.get(n, "")), "weight", None) is not m.weight}
+    config.set_layers({name: module.spec for name, module in listed.items()})
     prefer_eager_experts(model)
     transforms = getattr(model, "_weight_conversions", None)
     if transforms is None:  # not from from_pretrained; prefixes seen in a file are unknown then
@@ -250,18 +287,23 @@ def stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replace every packed module by its float original: nn.Linear, Conv1D or a 3-D expert parameter of `dtype`.
+    """Replace every packed module by its float original: nn.Linear, Conv1D, nn.Embedding or a 3-D expert parameter.
 
-    Raises CheckpointError if weights are offloaded, hence not in memory.
+    dtype: of the weights; what was tied stays tied. Raises CheckpointError if weights are offloaded, hence not in
+    memory.
     """
     packed = packed_modules(model)
+    made: dict[int, nn.Parameter] = {}
     for name, module in packed.items():
         if any(t.is_meta for t in module.tensors().values()):
             raise CheckpointError(f"`{name}` is offloaded; load the model on one device to dequantise it")
         owner = model.get_submodule(name.rpartition(".")[0])
         if hasattr(owner, "fan_in_fan_out"):  # a LoRA layer: its merge must know that Conv1D stores (in, out)
             owner.fan_in_fan_out = isinstance(module, QepConv1D)
-        replace_module(model, name, _float_module(module, dtype))
+        new = _float_module(module, dtype)
+        if isinstance(new, nn.Module):
+            new.weight = made.setdefault(id(module.weight), new.weight)
+        replace_module(model, name, new)
     if any(isinstance(m, QepExpertWeight) for m in packed.values()):
         _restore_converters(model)
 
@@ -271,14 +313,26 @@ def _float_module(module: PackedTensors, dtype: torch.dtype) -> nn.Module | nn.P
     if isinstance(module, QepExpertWeight):
         return nn.Parameter(weight)
     with torch.device("meta"):
+        if isinstance(module, QepEmbedding):
+            return _float_embedding(module, weight)
         if isinstance(module, QepConv1D):
             linear, weight = Conv1D(module.out_features, module.in_features), weight.t().contiguous()
         else:
             linear = nn.Linear(module.in_features, module.out_features, module.bias is not None)
     linear.weight = nn.Parameter(weight)
-    if module.bias is not None:
-        linear.bias = nn.Parameter(module.bias.to(dtype))
+    if module.bias is not None:  # the same parameter where it can be: a head may share its bias
+        linear.bias = module.bias if module.bias.dtype == dtype else nn.Parameter(module.bias.to(dtype))
+        linear.bias.requires_grad_(True)
     return linear
+
+
+def _float_embedding(module: QepEmbedding, weight: Tensor) -> nn.Embedding:
+    scale = {} if module.embed_scale is None else {"embed_scale": module.embed_scale}
+    new = module.float_class(module.num_embeddings, module.embedding_dim, module.padding_idx, **scale)
+    if module.rounds_scale:
+        new.embed_scale = torch.tensor(module.embed_scale, device=weight.device)
+    new.weight = nn.Parameter(weight)
+    return new
 
 
 def _restore_converters(model: PreTrainedModel) -> None:

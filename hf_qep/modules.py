@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_qep.errors import ConfigError
 from hf_qep.registry import FORMATS
 
 
@@ -119,6 +120,42 @@ class QepConv1D(QepLinear):
     """Packed replacement of transformers' Conv1D, whose float weight is (in, out)."""
 
 
+class QepEmbedding(PackedTensors, nn.Embedding):
+    """Packed replacement of nn.Embedding in a format that has `rows`: only the rows that are asked for are unpacked.
+
+    embed_scale: factor of the output, for the families that scale their word embeddings; a tensor factor is rounded to
+    the model's dtype first, as theirs is. float_class: class that it stands for. dtype_like: an empty parameter of the
+    dtype of the output. It follows every cast, and it is the first floating parameter of most models, by which
+    transformers knows the dtype of a model: without it that would be the float16 of some scales.
+    """
+
+    def __init__(self, rows: int, columns: int, spec: Any, dtype: torch.dtype, device: Any = None) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = rows, columns
+        self.padding_idx = self.max_norm = self.embed_scale = None
+        self.rounds_scale = False
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.float_class: type[nn.Embedding] = nn.Embedding
+        self._allocate(spec, (rows, columns), (), device)
+        self.dtype_like = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+        self.dtype_like._is_hf_initialized = True
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) int64 -> (..., embedding_dim) of the model's dtype. Raises IndexError for an id out of range."""
+        rows = self.format.rows(ids, self.tensors(), self.spec, self.embedding_dim, self.dtype_like.dtype)
+        if self.embed_scale is None:
+            return rows
+        return rows * (rows.new_tensor(self.embed_scale) if self.rounds_scale else self.embed_scale)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Dense weight (num_embeddings, embedding_dim)."""
+        return self.format.dequantize(self.tensors(), self.spec, self.out_features, self.in_features, dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and format, for print(model)."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.spec}"
+
+
 class QepExpertWeight(PackedTensors):
     """Packed stack of expert matrices in the place of one 3-D parameter (experts, out, in).
 
@@ -169,10 +206,23 @@ def packed_modules(model: nn.Module) -> dict[str, PackedTensors]:
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedTensors)}
 
 
-def packed_like(model: nn.Module, name: str, spec: Any, device: Any = None) -> PackedTensors:
-    """Packed, zero-filled replacement of the float linear, Conv1D or 3-D expert parameter called `name`.
+def packed_tables(model: nn.Module) -> dict[str, PackedTensors]:
+    """Name -> packed module that holds a row per token (or output class): embeddings and heads, in model order."""
+    return {name: m for name, m in packed_modules(model).items() if hasattr(m.format, "rows")}
 
-    device: default is the device of the float weight. Raises ConfigError if the spec does not fit the shape.
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Module -> module whose weight it shares by the model's own rule: the head and the embedding."""
+    pairs = getattr(model, "all_tied_weights_keys", None) or {}
+    end = ".weight"
+    return {t.removesuffix(end): s.removesuffix(end) for t, s in pairs.items() if t.endswith(end) and s.endswith(end)}
+
+
+def packed_like(model: nn.Module, name: str, spec: Any, device: Any = None) -> PackedTensors:
+    """Packed, zero-filled replacement of the float linear, Conv1D, embedding or 3-D expert parameter called `name`.
+
+    device: default is the device of the float weight. Raises ConfigError if the spec does not fit the shape or an
+    embedding does more than to look up rows and to scale them.
     """
     parent, _, leaf = name.rpartition(".")
     found = getattr(model.get_submodule(parent), leaf)
@@ -181,10 +231,28 @@ def packed_like(model: nn.Module, name: str, spec: Any, device: Any = None) -> P
     if not isinstance(found, nn.Module):
         experts, out_features, in_features = weight.shape
         return QepExpertWeight(experts, in_features, out_features, spec, weight.dtype, device)
+    if isinstance(found, nn.Embedding):
+        return _embedding_like(name, found, spec, device)
     transposed = isinstance(found, Conv1D)
     out_features, in_features = weight.shape[::-1] if transposed else weight.shape
     kind = QepConv1D if transposed else QepLinear
     return kind(in_features, out_features, found.bias is not None, spec, weight.dtype, device)
+
+
+def _embedding_like(name: str, found: nn.Embedding, spec: Any, device: Any) -> QepEmbedding:
+    kind = type(found)
+    rounds = hasattr(found, "scalar_embed_scale")
+    scale = found.scalar_embed_scale if rounds else getattr(found, "embed_scale", None)
+    if found.max_norm is not None:
+        raise ConfigError(f"`{name}` limits its rows to norm {found.max_norm:g} as it runs; leave it float")
+    if kind is not nn.Embedding and not (
+        kind.__name__.endswith("ScaledWordEmbedding") and isinstance(scale, float | int)
+    ):
+        raise ConfigError(f"`{name}` is a {kind.__name__}, which is no plain table of rows; leave it float")
+    new = QepEmbedding(*found.weight.shape, spec, found.weight.dtype, device)
+    new.padding_idx, new.float_class = found.padding_idx, kind
+    new.embed_scale, new.rounds_scale = None if kind is nn.Embedding else float(scale), rounds
+    return new
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -193,3 +261,15 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     owner = model.get_submodule(parent)
     owner._parameters.pop(leaf, None)
     setattr(owner, leaf, new)
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what is stored; buffers that are not, such as rotary frequencies, stay as precise as loading makes them."""
+    kept = [
+        (module, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer

@@ -82,8 +82,12 @@ class QepHfQuantizer(HfQuantizer):
         conversion.finish_loading(model, trainable_scales=config.trainable_scales)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        import torch
+
         from hf_qep import conversion
 
+        if isinstance(dtype, str):  # what save_pretrained leaves in the config of the model
+            dtype = getattr(torch, dtype)
         conversion.dequantize_modules(model, dtype or model.dtype)
         return model
 

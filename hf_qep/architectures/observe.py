@@ -35,6 +35,7 @@ class LinearObserver(TorchFunctionMode):
     StopForward ends it. Inside the callback nothing is observed.
     on_sum: called with the total when the output of a product is first a term of a sum, as where a block adds it to its
     residual stream.
+    on_output: called with the output of a product; what it returns takes the place of the output.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class LinearObserver(TorchFunctionMode):
         weights: Mapping[LinearRef, Tensor],
         callback: Callable[[LinearRef, Tensor], None],
         on_sum: Callable[[LinearRef, Tensor], None] | None = None,
+        on_output: Callable[[LinearRef, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self._callback, self._on_sum = callback, on_sum
+        self._callback, self._on_sum, self._on_output = callback, on_sum, on_output
         self._outputs: dict[LinearRef, Tensor] = {}
         # The tensors are kept as well: an address is only unique while its tensor lives.
         self._weights = {weight.data_ptr(): (ref, weight) for ref, weight in weights.items()}
@@ -58,6 +60,8 @@ class LinearObserver(TorchFunctionMode):
         elif func in MATMULS and (right := _argument(args, kwargs, 1, "other")).ndim == 2:
             ref = self._see(_argument(args, kwargs, 0, "input"), right.mT)
         result = func(*args, **kwargs)
+        if self._on_output is not None and ref is not None:
+            result = self._on_output(ref, result)
         if self._on_sum is not None:
             if ref is not None:
                 self._outputs[ref] = result

@@ -20,6 +20,11 @@ class LinearRef:
     in_features: int
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, self.in_features
+
+    @property
     def label(self) -> str:
         """Name for messages, with the slice."""
         return self.name if self.expert is None else f"{self.name}[{self.expert}]"

@@ -6,7 +6,6 @@ blocks. A second, block by block, proves that the chain is all there is: it must
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -26,6 +25,7 @@ from hf_qep.architectures.families import (
 from hf_qep.architectures.linears import check_float, check_unshared, find_linears, skipped_by_user
 from hf_qep.architectures.parts import Block, Group, LinearRef, Structure
 from hf_qep.architectures.skeleton import block_inputs, forward_only, run_block
+from hf_qep.architectures.tables import embeddings_of
 from hf_qep.errors import ArchitectureError
 
 __all__ = ["Block", "Group", "LinearRef", "Structure", "describe"]
@@ -136,7 +136,7 @@ def _skipped_outside(model: PreTrainedModel, chain: Chain) -> dict[str, str]:
 
 def _reason_outside(model: PreTrainedModel, root: str, chain: Chain) -> str:
     members = list(model.get_submodule(root).modules())
-    embedding, head = _embeddings(model)
+    embedding, head = embeddings_of(model)
     if head is not None and head in members:
         tied = embedding is not None and getattr(embedding, "weight", None) is head.weight
         return "output embeddings, tied to the input embeddings" if tied else "output embeddings"
@@ -145,14 +145,6 @@ def _reason_outside(model: PreTrainedModel, root: str, chain: Chain) -> str:
     if LANGUAGE_MODEL in chain.name.split(".") and not _inside(root, chain.name.partition(f"{LANGUAGE_MODEL}.")[0]):
         return "outside the language model"
     return "outside the chain of blocks"
-
-
-def _embeddings(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
-    found: list[nn.Module | None] = [None, None]
-    with contextlib.suppress(NotImplementedError):  # vision models may have neither
-        found[0] = model.get_input_embeddings()
-        found[1] = model.get_output_embeddings()
-    return found[0], found[1]
 
 
 def _check_chain(model: PreTrainedModel, structure: Structure, sample: dict[str, Tensor], expected: Tensor) -> None:

@@ -12,7 +12,8 @@ from hf_qep.cli import output
 from hf_qep.engine.headers import MANIFEST, TensorEntry, read_headers, read_json
 from hf_qep.errors import CheckpointError
 
-SCALE = ".weight_scale"  # every format has this tensor
+SCALE = ".weight_scale"  # every format of linears has this tensor
+TABLE_FORMAT = "integer"  # its rows hold their scales
 WORD_BITS = 32  # signs per int32 word of a packed tensor
 
 
@@ -31,6 +32,7 @@ def inspect_command(
         "made from": found["base_model"],
         "method": found["method"],
         "bits per weight, quantised linears": found["bits_linear"],
+        "bits per weight, embeddings and head": found["bits_tables"],
         "bits per weight, whole model": found["bits_model"],
         "weights": f"{found['model_weights']:,}",
         "weight files": output.human_bytes(found["file_bytes"]),
@@ -42,6 +44,9 @@ def inspect_command(
         keys = ("format", "stored_bits", "bytes", "error")
         rows = [[x["name"], _shape(x["shape"]), *(x[k] for k in keys)] for x in found["layers"]]
         output.print_table("quantised layers", columns, rows)
+    if found["tables"]:
+        rows = [[x["name"], _shape(x["shape"]), *(x[k] for k in keys)] for x in found["tables"]]
+        output.print_table("embeddings and head in whole numbers", columns, rows)
     if found["skipped"]:
         rows = [[x["name"], _shape(x["shape"]), x["dtype"], x["bytes"], x["reason"] or "-"] for x in found["skipped"]]
         output.print_table("matrices that stay float", ["tensor", "shape", "dtype", "bytes", "why"], rows)
@@ -62,10 +67,12 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     recipe = config.get("quantization_config") or {}
     recipe = recipe if recipe.get("quant_method") == "qep" else {}
     layers = _packed_layers(tensors, recipe, report)
-    packed = {name for layer in layers for name in layer.pop("tensors")}
+    tables = _packed_tables(tensors, recipe, report)
+    packed = {name for found in (*layers, *tables) for name in found.pop("tensors")}
     others = {name: t for name, t in tensors.items() if name not in packed}
     matrices = {name: t for name, t in others.items() if len(t.shape) >= 2}
-    linear_weights = sum(math.prod(x["shape"]) for x in layers)
+    linear_weights, table_weights = (sum(math.prod(x["shape"]) for x in found) for found in (layers, tables))
+    packed_sizes = [(x["bytes"], math.prod(x["shape"])) for x in (*layers, *tables)]
     counted = [(x["bytes"], math.prod(x["shape"])) for x in layers] or _sizes(matrices)
     return {
         "folder": str(folder),
@@ -74,12 +81,15 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
         "method": recipe.get("method"),
         "format": sorted({x["format"] for x in layers if x["format"]}),
         "bits_linear": _bits_per_weight(counted),
-        "bits_model": _bits_per_weight(_sizes(others) + [(x["bytes"], math.prod(x["shape"])) for x in layers]),
+        "bits_tables": _bits_per_weight([(x["bytes"], math.prod(x["shape"])) for x in tables]),
+        "bits_model": _bits_per_weight(_sizes(others) + packed_sizes),
         "linear_weights": linear_weights,
-        "model_weights": linear_weights + sum(math.prod(t.shape) for t in others.values()),
+        "table_weights": table_weights,
+        "model_weights": linear_weights + table_weights + sum(math.prod(t.shape) for t in others.values()),
         "file_bytes": sum((folder / name).stat().st_size for name in {t.file for t in tensors.values()}),
         "calibration": manifest.get("calibration"),
         "layers": layers,
+        "tables": tables,
         "skipped": _float_matrices(matrices, report) if layers else [],
     }
 
@@ -92,7 +102,7 @@ def _packed_layers(
     A family may store its tensors under other names than its modules have, so the layers are found by their scales and
     the config only says how many there must be. The signs of stacked experts have the bare name of the float parameter.
     """
-    formats = {name: entry.get("format") for entry in recipe.get("layers") or [] for name in entry.get("modules") or []}
+    formats = {name: entry.get("format") for name, entry in _listed(recipe, table=False)}
     modules = [name.removesuffix(SCALE) for name in tensors if name.endswith(SCALE)] if formats else []
     if len(modules) != len(formats):
         raise CheckpointError(
@@ -129,6 +139,65 @@ def _packed_layer(
         "error": sum(x["error"] for x in known) / len(known) if known else None,
         "tensors": list(own),
     }
+
+
+def _packed_tables(
+    tensors: dict[str, TensorEntry], recipe: dict[str, Any], report: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One entry per embedding or head in whole numbers; one that is tied to another is not in the files.
+
+    They are found by their words without scales. Their width follows from the manifest, or from bits and group.
+    """
+    listed = dict(_listed(recipe, table=True))
+    end = ".weight"
+    found = [
+        n.removesuffix(end) for n, t in tensors.items() if t.dtype == "I32" and n.endswith(end) and len(t.shape) == 2
+    ]
+    names = [name for name in found if name + SCALE not in tensors] if listed else []
+    if len(names) != len(listed):
+        raise CheckpointError(
+            f"config.json lists {len(listed)} tables of whole numbers, but the files hold {len(names)}; they do not "
+            "belong together"
+        )
+    return [_packed_table(name, listed.get(name), list(listed.values()), tensors, report) for name in names]
+
+
+def _packed_table(
+    name: str,
+    entry: dict[str, Any] | None,
+    entries: list[dict[str, Any]],
+    tensors: dict[str, TensorEntry],
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    own = {n: t for n, t in tensors.items() if n.rpartition(".")[0] == name and not n.endswith(".bias")}
+    rows, words = own[f"{name}.weight"].shape
+    known = next((x for x in report.get("tables") or [] if name in x["names"]), None)
+    entry = entry or (entries[0] if all(e == entries[0] for e in entries) else {})
+    width = known["columns"] if known else _table_width(words, entry)
+    stored = sum(t.bytes for t in own.values())
+    return {
+        "name": name,
+        "shape": [rows, width],
+        "format": TABLE_FORMAT,
+        "stored_bits": _bits_per_weight([(stored, rows * width)]),
+        "bytes": stored,
+        "error": known["error"] if known else None,
+        "tensors": list(own),
+    }
+
+
+def _table_width(words: int, entry: dict[str, Any]) -> int:
+    """Columns of a row of so many words; the last word counts as full. A group takes half a word for its scale."""
+    bits, group = entry.get("bits") or WORD_BITS, entry.get("group_size")
+    if not group:
+        return (words - 1) * WORD_BITS // bits
+    return group * int(words / (0.5 + group * bits / WORD_BITS))
+
+
+def _listed(recipe: dict[str, Any], *, table: bool) -> list[tuple[str, dict[str, Any]]]:
+    """Names of the packed modules in the config with their options, tables or linears."""
+    entries = [e for e in recipe.get("layers") or [] if (e.get("format") == TABLE_FORMAT) is table]
+    return [(name, {k: v for k, v in e.items() if k != "modules"}) for e in entries for name in e.get("modules") or []]
 
 
 def _float_matrices(matrices: dict[str, TensorEntry], report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
     scaled_signs      W[i, j] = row_scale[i, j // group] * sign[i, j] * column_scale[j]     rounded once, to `dtype`
     sign_linear       y = x W^T + bias
     factored_linear   y = a o (S_L (m o (S_R (b o x)))) + bias
+    scaled_codes      W[i, j] = scale[i, j // group] * code[i, j]     rounded once, to `dtype`
+    integer_linear    y = x W^T + bias
 
 Scales are float16 (or float32 while they are trained) and widened to float32 before they are multiplied.
 """
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_qep.bitorder import sign_table, unpack_signs
+from hf_qep.bitorder import sign_table, split_row, unpack_codes, unpack_signs
 
 PANEL_WEIGHTS = 1 << 24
 """Weights unpacked at a time: 64 MB of float32, so that a large layer never needs its dense form."""
@@ -39,7 +41,7 @@ def sign_linear(
     """x (..., in) float -> (..., out) of the same dtype."""
     rows, columns = words.shape[0], x.shape[-1]
     tokens = x.numel() // max(columns, 1)
-    if _byte_table_pays(x, tokens, rows, row_scale):
+    if _byte_table_pays(x, tokens, words, row_scale):
         y = _byte_table_product(x.reshape(tokens, columns), words, row_scale, column_scale)
         y = y.to(x.dtype).view(*x.shape[:-1], rows)
         return y if bias is None else y + bias.to(x.dtype)
@@ -58,7 +60,8 @@ def sign_linear(
 def factored_linear(
     x: Tensor, left: Tensor, right: Tensor, row: Tensor, middle: Tensor, column: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """x (..., in) -> (..., out).  left int32 (out, ceil(rank/32)), right int32 (rank, ceil(in/32)).
+    """x (..., in) -> (..., out).  left int32 (out, ceil(rank/32)) or uint8 (out, rank/8), right int32
+    (rank, ceil(in/32)).
 
     The three scales ride on the two sign products: b and m as column scales, a as the row scale.
     """
@@ -67,12 +70,28 @@ def factored_linear(
     return sign_linear(inner, left, row.unsqueeze(-1), middle, bias)
 
 
-def _byte_table_pays(x: Tensor, tokens: int, rows: int, row_scale: Tensor) -> bool:
+def scaled_codes(words: Tensor, columns: int, bits: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """Dense rows (..., columns) of `dtype`.  words int32 (..., scales and codes), see formats/integer.py."""
+    scale, packed = split_row(words, groups)
+    codes = unpack_codes(packed, columns, bits).float()  # int8 times float is twice as slow
+    return codes.unflatten(-1, (groups, -1)).mul_(scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def integer_linear(x: Tensor, words: Tensor, bits: int, groups: int, bias: Tensor | None) -> Tensor:
+    """x (..., in) float -> (..., out) of the same dtype; as many rows are unpacked at a time as PANEL_WEIGHTS says."""
+    columns = x.shape[-1]
+    panels = words.split(max(1, PANEL_WEIGHTS // max(columns, 1)))
+    parts = [F.linear(x, scaled_codes(panel, columns, bits, groups, x.dtype)) for panel in panels]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def _byte_table_pays(x: Tensor, tokens: int, words: Tensor, row_scale: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not 0 < tokens <= FEW_TOKENS:
         return False
-    whole_bytes = x.shape[-1] % 32 == 0 and (x.shape[-1] // row_scale.shape[-1]) % 8 == 0
+    whole_bytes = x.shape[-1] == 8 * words.shape[-1] * words.itemsize and (x.shape[-1] // row_scale.shape[-1]) % 8 == 0
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or row_scale.requires_grad)
-    return whole_bytes and not needs_grad and rows * x.shape[-1] >= 1 << 20
+    return whole_bytes and not needs_grad and words.shape[0] * x.shape[-1] >= 1 << 20
 
 
 def _byte_table_product(x: Tensor, words: Tensor, row_scale: Tensor, column_scale: Tensor | None) -> Tensor:

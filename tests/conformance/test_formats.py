@@ -12,7 +12,13 @@ from hf_qep.registry import FORMATS
 
 SPECS = {
     "sign": [{"group_size": None, "column_scale": True}, {"group_size": None}, {"group_size": 4, "column_scale": True}],
-    "factored": [{"rank": 1}, {"rank": 24}, {"rank": 40}],
+    "factored": [{"rank": 1}, {"rank": 24}, {"rank": 40}, {"rank": 8, "flat": True}, {"rank": 40, "flat": True}],
+    "integer": [{"bits": 4, "group_size": 4}, {"bits": 8, "group_size": None}, {"bits": 4, "group_size": None}],
+}
+LARGE = {
+    "sign": {"group_size": 128, "column_scale": True},
+    "factored": {"rank": 1056},
+    "integer": {"bits": 4, "group_size": 128},
 }
 SHAPES = [(5, 44), (64, 172), (96, 64), (7, 32), (1, 4)]
 
@@ -24,6 +30,11 @@ def cases():
 def random_parts(module, spec, out_features, in_features, seed=0):
     """Parts that the format can hold: random tensors, unpacked."""
     generator = torch.Generator().manual_seed(seed)
+    if module.NAME == "integer":  # its scales are bits of a word, and random bits may be no number
+        half, groups = 2 ** (spec.bits - 1), in_features // (spec.group_size or in_features)
+        codes = torch.randint(-half, half, (out_features, in_features), generator=generator).to(torch.int8)
+        scales = (torch.rand(out_features, groups, generator=generator) + 0.1).half().float()
+        return {"codes": codes, "row_scale": scales * torch.where(scales > 0.5, 1, -1)}
     tensors = {}
     for name, (shape, dtype) in module.layout(spec, out_features, in_features).items():
         if dtype == torch.int32:
@@ -39,6 +50,9 @@ def dense(name, parts, out_features, in_features):
     def sign(b):
         return b.double() * 2 - 1
 
+    if name == "integer":
+        row = parts["row_scale"].double().repeat_interleave(in_features // parts["row_scale"].shape[1], 1)
+        return row * parts["codes"].double()
     if name == "sign":
         row = parts["row_scale"].double().repeat_interleave(in_features // parts["row_scale"].shape[1], 1)
         column = parts.get("column_scale", torch.ones(in_features)).double()
@@ -99,7 +113,7 @@ def test_dequantize_and_forward_agree_with_the_definition(name, options, shape):
 def test_large_layers_take_other_paths_to_the_same_result(name, tokens, monkeypatch):
     monkeypatch.setattr("hf_qep.kernels.reference.PANEL_WEIGHTS", 1 << 17)
     module = FORMATS.get(name)
-    spec = module.Spec(**({"group_size": 128, "column_scale": True} if name == "sign" else {"rank": 1056}))
+    spec = module.Spec(**LARGE[name])
     layer = QepLinear(1024, 1030, False, spec)
     layer.load_packed(module.pack(random_parts(module, spec, 1030, 1024), spec))
     x = torch.randn(tokens, 1024)
@@ -142,6 +156,7 @@ def test_gradients_reach_the_input_and_trained_scales(name):
     layer(x).square().sum().backward()
     assert x.grad.abs().max() > 0
     scales = [t for t in layer.tensors().values() if t.is_floating_point()]
+    assert scales or name == "integer"  # whose scales are bits of words
     assert all(t.dtype == torch.float32 and t.grad.abs().max() > 0 for t in scales)
     assert all(t.dtype in (torch.int32, torch.float16) for t in layer.packed_state().values())
 

@@ -8,7 +8,7 @@ import torch
 
 from hf_qep.bitorder import pack_signs, unpack_signs
 from hf_qep.errors import ConfigError, NonFiniteError
-from hf_qep.formats import factored, sign
+from hf_qep.formats import factored, integer, sign
 
 
 def test_bit_j_of_word_w_is_column_32w_plus_j():
@@ -49,6 +49,49 @@ def test_a_factored_layer_decodes_to_known_values():
     }
     # left = [-1, +1]; right = [[+1, -1], [+1, +1]]; W = 2 * (-1 * [1, -1] + 3 * [1, 1]) * [1, .5]
     assert factored.dequantize(tensors, factored.Spec(2), 1, 2, torch.float32).tolist() == [[4, 4]]
+
+
+def test_the_rows_of_a_flat_left_matrix_follow_one_another():
+    tensors = {
+        "weight": torch.tensor([[1]] * 8, dtype=torch.int32),
+        "left": torch.tensor([0b00000111_11111111], dtype=torch.int32),
+        "weight_scale": torch.tensor([1.0, 2.0], dtype=torch.float16),
+        "middle_scale": torch.ones(8, dtype=torch.float16),
+        "column_scale": torch.ones(1, dtype=torch.float16),
+    }
+    spec = factored.Spec(8, flat=True)
+    assert factored.dequantize(tensors, spec, 2, 1, torch.float32).tolist() == [[8], [-4]]
+    assert factored.stored_bits(spec, 32, 32) == factored.stored_bits(factored.Spec(8), 32, 32) - 24 * 32
+
+
+@pytest.mark.parametrize(("rank", "flat"), [(12, True), (8, 1)])
+def test_a_flat_left_matrix_needs_whole_bytes(rank, flat):
+    with pytest.raises(ConfigError, match="multiple of 8"):
+        factored.Spec(rank, flat=flat)
+
+
+def test_a_row_of_integer_codes_decodes_to_known_values():
+    # float16: 1.0 is 0x3C00, -2.0 is 0xC000, 0.5 is 0x3800. A code is stored as itself plus 8, or plus 128.
+    four = torch.tensor([[0xC000_3C00 - 2**32, 0x0000_3800, 0x0000_F780]], dtype=torch.int64).to(torch.int32)
+    spec = integer.Spec(4, 2)
+    dense = integer.dequantize({"weight": four[:, [0, 2]]}, spec, 1, 4, torch.float32)
+    assert dense.tolist() == [[-8, 0, 2, -14]]
+    dense = integer.dequantize({"weight": four[:, [0, 1, 2]]}, spec, 1, 6, torch.float32)
+    assert dense.tolist() == [[-8, 0, 2, -14, -4, -4]]
+    eight = torch.tensor([[0x3800, 0xFF80_7F00 - 2**32, 0x81]], dtype=torch.int64).to(torch.int32)
+    dense = integer.dequantize({"weight": eight}, integer.Spec(8), 1, 5, torch.float32)
+    assert dense.tolist() == [[-64, -0.5, 0, 63.5, 0.5]]
+
+
+def test_an_integer_row_packs_to_known_words():
+    parts = {"codes": torch.tensor([[-8, 0, -1, 7]], dtype=torch.int8), "row_scale": torch.tensor([[1.0, -2.0]])}
+    assert integer.pack(parts, integer.Spec(4, 2))["weight"].tolist() == [[0xC000_3C00 - 2**32, 0xF780]]
+
+
+@pytest.mark.parametrize("bits", [1, 3, 16, "4", None, True])
+def test_bits_that_do_not_fill_a_byte_are_refused(bits):
+    with pytest.raises(ConfigError, match="one of 4, 8"):
+        integer.Spec(bits)
 
 
 def test_a_group_that_does_not_divide_the_width_is_refused_with_both_numbers():

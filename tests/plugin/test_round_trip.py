@@ -80,7 +80,13 @@ def test_a_checkpoint_in_shards_or_in_module_names_loads_equally(
 
 @pytest.mark.parametrize(
     "spec",
-    [sign.Spec(), sign.Spec(group_size=16), sign.Spec(group_size=16, column_scale=True), factored.Spec(rank=24)],
+    [
+        sign.Spec(),
+        sign.Spec(group_size=16),
+        sign.Spec(group_size=16, column_scale=True),
+        factored.Spec(24),
+        factored.Spec(24, True),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
