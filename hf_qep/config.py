@@ -10,11 +10,24 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_qep.errors import CheckpointError, ConfigError, FormatVersionError
+from hf_qep.files import parse_size
+from hf_qep.formats.integer import BITS
 from hf_qep.public_names import public_name
 from hf_qep.registry import FORMATS, METHODS
 
 FORMAT_VERSION = 1
 """Raised whenever a checkpoint is written that this version could not read."""
+
+AUTO = "auto"
+"""No method of its own, but the choice of `sign` or `factored` for each linear."""
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"num_samples": 128, "tune_epochs": 0, "distill_epochs": 0},
+    "balanced": {"num_samples": 128, "tune_epochs": 0, "distill_epochs": 8},
+    "best": {"num_samples": 512, "tune_epochs": 4, "distill_epochs": 16},
+}
+"""Effort -> what it sets, unless it is given. Without one they are as for "fast"."""
+SIGNS_THAT_TRAIN = 10**9
+"""Most signs that are trained together unless more are asked for."""
 
 _LOADING = ("dequantize", "trainable_scales")
 _RUNTIME = ("tokenizer", *_LOADING)
@@ -25,9 +38,12 @@ class QepConfig(QuantizationConfigMixin):
     """Quantisation config of method "qep"; pass it to `from_pretrained` as `quantization_config`.
 
     Args:
-        bits: bits per weight of the quantised linears. `sign`, `onebit`, `gptq` and `rtn` have exactly one sign per
-            weight (1.0) plus scales; `factored` takes any value from 0.3 to 2.5, scales included.
-        method: solver, a file name in `hf_qep.methods`.
+        bits: bits per weight of the quantised linears. `sign`, `qqa`, `onebit`, `gptq` and `rtn` have exactly one
+            sign per weight (1.0) plus scales; `factored` takes any value from 0.3 to 2.5, scales included; for `auto`
+            it is the average over all linears, scales and padding included.
+        method: solver, a file name in `hf_qep.methods`; "auto" gives each linear `sign` or a rank of `factored`,
+            whichever lowers the model's error most per bit.
+        max_memory: instead of `bits`, for `auto` only: most bytes of the weight files, such as "14GB" or "14GiB".
         group_size: columns that share one row scale; None is one scale per row.
         propagation: alpha of QEP (arXiv 2504.09629), 0 (off) to 1: how much of the error made upstream each layer's
             target corrects.
@@ -37,14 +53,25 @@ class QepConfig(QuantizationConfigMixin):
             calibration tokens are not fitted more closely than they deserve.
         dataset: calibration data: Hub id, file, list of strings, token tensor, weighted mix or chat messages; None
             samples text from the model itself.
-        num_samples, seq_len: calibration rows and tokens per row.
+        effort: how much time to spend: "fast" solves each layer, "balanced" also trains the whole model towards the
+            float one for 8 passes over the calibration rows, "best" takes four times the rows, trains each block, and
+            the whole model for 16 passes. Sets num_samples, tune_epochs and distill_epochs where they are not given.
+        num_samples, seq_len: calibration rows (default 128) and tokens per row.
         batch_size: rows per forward pass while calibrating.
         skip_modules: names of modules that stay float, besides the embeddings and the head.
         seed: seed of sampling and of the solvers.
         bias_correction: let each layer's bias, where it has one, take up the mean output error, and solve for the rest.
+        output_curvature: for `factored`: estimate how the errors of a layer's outputs weigh in the model's output, one
+            by one and together, and let the shared middle of a factored weight serve those that weigh most.
         tune_epochs: passes over the calibration rows in which signs, scales, norms and biases of each block are trained
             together after they were solved, towards the outputs of the float model; 0 is none.
         tune_lookahead: float blocks between a tuned block and its loss; None is all of them and the head.
+        distill_epochs: passes over the calibration rows in which all layers are trained together, last of all, towards
+            the outputs of the float model; 0 is none.
+        distill_signs: whether signs train in them as well as scales, norms and biases, which takes 24 bytes of memory
+            per weight; None is yes for up to a thousand million quantised weights.
+        embedding_bits, head_bits: bits, 4 or 8, of the whole numbers as which word embeddings and output head are
+            stored, scales apart; None leaves them float. Where the two are tied, one option is enough.
         tokenizer: tokenizer for `dataset` when quantising on the fly; default: the model's own. Not stored.
         dequantize: give back a plain float model while loading. Not stored.
         trainable_scales: keep float32 scales that train while loading (quantisation-aware training). Not stored.
@@ -64,14 +91,21 @@ class QepConfig(QuantizationConfigMixin):
         residual: bool = True,
         damping: float = 0.03,
         dataset: Any = None,
-        num_samples: int = 128,
+        num_samples: int | None = None,
         seq_len: int = 512,
         batch_size: int = 8,
         skip_modules: list[str] | None = None,
         seed: int = 0,
         bias_correction: bool = True,
-        tune_epochs: int = 0,
+        output_curvature: bool = True,
+        tune_epochs: int | None = None,
         tune_lookahead: int | None = None,
+        distill_epochs: int | None = None,
+        distill_signs: bool | None = None,
+        embedding_bits: int | None = None,
+        head_bits: int | None = None,
+        max_memory: str | int | None = None,
+        effort: str | None = None,
         tokenizer: Any = None,
         dequantize: bool = False,
         trainable_scales: bool = False,
@@ -82,10 +116,15 @@ class QepConfig(QuantizationConfigMixin):
         self.quant_method = "qep"
         self.format_version = format_version
         self.bits, self.method, self.group_size = bits, method, group_size
+        self.max_memory = max_memory
         self.propagation, self.residual, self.damping = propagation, residual, damping
-        self.dataset, self.num_samples, self.seq_len, self.batch_size = dataset, num_samples, seq_len, batch_size
+        self.dataset, self.seq_len, self.batch_size = dataset, seq_len, batch_size
         self.skip_modules, self.seed, self.bias_correction = skip_modules, seed, bias_correction
-        self.tune_epochs, self.tune_lookahead = tune_epochs, tune_lookahead
+        self.output_curvature = output_curvature
+        self.effort, self.tune_lookahead, self.distill_signs = effort, tune_lookahead, distill_signs
+        given = {"num_samples": num_samples, "tune_epochs": tune_epochs, "distill_epochs": distill_epochs}
+        self.__dict__ |= _effort(effort) | {name: value for name, value in given.items() if value is not None}
+        self.embedding_bits, self.head_bits = embedding_bits, head_bits
         self.layers = layers
         self.tokenizer, self.dequantize, self.trainable_scales = tokenizer, dequantize, trainable_scales
         self.post_init()
@@ -100,7 +139,7 @@ class QepConfig(QuantizationConfigMixin):
         if self.layers is not None:
             self._check_layers()
             return
-        METHODS.get(self.method)
+        self._check_method()
         _in_range("bits", self.bits, 0.3, 2.5)
         _in_range("propagation", self.propagation, 0.0, 1.0)
         _in_range("damping", self.damping, 1e-6, 10.0)
@@ -108,12 +147,31 @@ class QepConfig(QuantizationConfigMixin):
             _whole(name, getattr(self, name), 1)
         _whole("seed", self.seed, 0)
         _whole("tune_epochs", self.tune_epochs, 0)
+        _whole("distill_epochs", self.distill_epochs, 0)
+        if self.distill_signs not in (None, True, False):
+            raise ConfigError(f"distill_signs must be true, false or None, not {self.distill_signs!r}")
+        if self.output_curvature not in (True, False):
+            raise ConfigError(f"output_curvature must be true or false, not {self.output_curvature!r}")
         if self.tune_lookahead is not None:
             _whole("tune_lookahead", self.tune_lookahead, 0)
+        for name in ("embedding_bits", "head_bits"):
+            if (value := getattr(self, name)) is not None and (isinstance(value, float) or value not in BITS):
+                raise ConfigError(f"{name} must be None or one of {BITS}, not {value!r}")
         if self.group_size is not None:
             _whole("group_size", self.group_size, 1)
         if isinstance(self.skip_modules, str):
             raise ConfigError(f"skip_modules must be a list of names, not the string {self.skip_modules!r}")
+
+    def _check_method(self) -> None:
+        if self.method != AUTO:
+            METHODS.get(self.method)
+        elif self.group_size is not None:
+            raise ConfigError(f"method `{AUTO}` has one scale per row; leave group_size={self.group_size} out")
+        if self.max_memory is None:
+            return
+        parse_size(self.max_memory)
+        if self.method != AUTO:
+            raise ConfigError(f"max_memory needs method `{AUTO}`, which spends it; method is `{self.method}`")
 
     def _check_layers(self) -> None:
         for entry in self.layers or []:
@@ -129,6 +187,11 @@ class QepConfig(QuantizationConfigMixin):
             return module.Spec(**options)
         except TypeError as error:
             raise CheckpointError(f"the options {options!r} do not fit format `{module.NAME}`: {error}") from error
+
+    def trains_signs(self, weights: int) -> bool:
+        """Whether distillation trains the signs of a model with so many quantised weights."""
+        wanted = weights <= SIGNS_THAT_TRAIN if self.distill_signs is None else self.distill_signs
+        return bool(self.distill_epochs) and wanted
 
     def layer_specs(self) -> dict[str, Any]:
         """Module name -> format spec of every quantised module."""
@@ -162,6 +225,13 @@ class QepConfig(QuantizationConfigMixin):
             shared = name in _RUNTIME or name == "dataset"
             new.__dict__[name] = value if shared else copy.deepcopy(value, memo)
         return new
+
+
+def _effort(name: str | None) -> dict[str, Any]:
+    found = EFFORTS.get(name or "fast")
+    if found is None:
+        raise ConfigError(f"effort must be {', '.join(map(repr, EFFORTS))} or None, not {name!r}")
+    return found
 
 
 def _in_range(name: str, value: Any, low: float, high: float) -> None:

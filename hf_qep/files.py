@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,13 +13,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_qep.errors import CheckpointError, OutputExistsError
+from hf_qep.errors import CheckpointError, ConfigError, OutputExistsError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of a size such as "14GB" (10^9), "900MB", "14GiB" (2^30) or a number of bytes. Raises ConfigError."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    if found is None or not float(found[1]):
+        raise ConfigError(f'a size must be a number of bytes or like "14GB", "900MB" or "14GiB", not {size!r}')
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
 def canonical_json(value: Any) -> str:

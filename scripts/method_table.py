@@ -27,7 +27,7 @@ def table(found: dict[str, Any]) -> list[str]:
     """Lines of one table; the first measurement is the one to compare by, with its standard error."""
     rows = [row for row in found["rows"] if row["status"] == "ok"]
     names = LANGUAGE if rows[0]["kl"] else ENCODER
-    columns = ["method", "group", "QEP", "damping", "tuned", "bits, linears", *names.values()]
+    columns = ["method", "group", "QEP", "damping", "tuned", "distilled", "bits, linears", *names.values()]
     tokens = next(row[next(iter(names))]["n"] for row in rows)
     title = f"{Path(found['model']).name}, {tokens} {'tokens' if rows[0]['kl'] else 'sentences'} of {found['text']}"
     if rows[0]["float_perplexity"]:
@@ -35,7 +35,7 @@ def table(found: dict[str, Any]) -> list[str]:
     lines = [title, "", f"| {' | '.join(columns)} |", "|---" * 2 + "|--:" * (len(columns) - 2) + "|"]
     for row in rows:
         recipe = [row["method"], str(row["group_size"] or "row"), f"{row['propagation']:g}", f"{row['damping']:g}"]
-        recipe.append(str(row.get("tune_epochs", 0)))
+        recipe += [str(row.get(name) or 0) for name in ("tune_epochs", "distill_epochs")]
         measured = [shown(row[name], with_error=name in ("kl", "cosine_distance")) for name in names]
         lines.append(f"| {' | '.join([*recipe, format(row['bits_linear'], '.3f'), *measured])} |")
     return lines

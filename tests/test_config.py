@@ -27,12 +27,32 @@ from hf_qep.formats import factored, sign
         ("seed", -1),
         ("group_size", 0),
         ("skip_modules", "lm_head"),
+        ("output_curvature", "yes"),
+        ("embedding_bits", 3),
+        ("embedding_bits", 4.0),
+        ("head_bits", True),
+        ("head_bits", "8"),
     ],
 )
 def test_an_option_out_of_range_is_refused_with_its_name_and_value(option, value):
     with pytest.raises(ConfigError) as caught:
         QepConfig(**{option: value})
     assert option in str(caught.value) and repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "auto", "max_memory": "much"}, "14GB.*'much'"),
+        ({"method": "auto", "max_memory": 0}, "14GB.*0"),
+        ({"method": "sign", "max_memory": "1GB"}, "needs method `auto`.*`sign`"),
+        ({"method": "auto", "group_size": 64}, "leave group_size=64 out"),
+        ({"method": "auto", "bits": 3.0}, "bits"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        QepConfig(**options)
 
 
 def test_an_unknown_method_names_the_known_ones_and_the_nearest():

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from hf_qep.errors import CheckpointError, OutputExistsError
-from hf_qep.files import canonical_json, safe_join, write_aside, write_text_aside
+from hf_qep.errors import CheckpointError, ConfigError, OutputExistsError
+from hf_qep.files import canonical_json, parse_size, safe_join, write_aside, write_text_aside
 
 
 def test_the_folder_appears_only_when_it_is_complete(tmp_path):
@@ -57,3 +59,17 @@ def test_a_text_file_is_replaced_in_one_step(tmp_path):
     write_text_aside(tmp_path / "f", "1")
     write_text_aside(tmp_path / "f", "2")
     assert (tmp_path / "f").read_text() == "2" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("14GB", 14 * 10**9), ("1.5 GiB", 3 << 29), ("900mb", 9 * 10**8), ("12B", 12), ("2kB", 2000), (77, 77)],
+)
+def test_sizes_are_read_as_they_are_written_on_the_hub(size, expected):
+    assert parse_size(size) == expected
+
+
+@pytest.mark.parametrize("size", ["14", "GB", "-1GB", "0GB", "1e3MB", 0, -5, True, 1.5, None])
+def test_what_is_no_size_is_refused_with_its_value(size):
+    with pytest.raises(ConfigError, match=re.escape(repr(size))):
+        parse_size(size)

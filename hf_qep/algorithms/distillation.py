@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergence to a teacher of whom only the likeliest classes are kept.
+"""Distance to a teacher of whom only the likeliest classes, or all, are kept.
 
     KL(p ‖ q) ≥ Σ_{i in top k} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest)
 
@@ -14,33 +14,52 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-6
+NORM_EPS = 1e-6
+"""As in the norms of transformers: keeps the relative error of a token finite that is zero."""
 
 
 @dataclass(frozen=True)
 class TopClasses:
     """What is kept of a teacher's output."""
 
-    index: Tensor
-    """(..., k) int32, the likeliest classes"""
+    index: Tensor | None
+    """(..., k) int32, the likeliest classes; None if all are kept, in order"""
     log_p: Tensor
-    """(..., k) float32, their log-probabilities"""
+    """(..., k) float16, their log-probabilities"""
 
     @property
     def rest(self) -> Tensor:
         """(...) float32, mass of all other classes."""
-        return (1 - self.log_p.exp().sum(-1)).clamp_min(0)
+        if self.index is None:
+            return torch.zeros(self.log_p.shape[:-1], device=self.log_p.device)
+        return (1 - self.log_p.float().exp().sum(-1)).clamp_min(0)
+
+    def to(self, device: torch.device) -> TopClasses:
+        """The same on another device."""
+        return TopClasses(None if self.index is None else self.index.to(device), self.log_p.to(device))
 
 
 def top_classes(logits: Tensor, k: int) -> TopClasses:
-    """The k likeliest classes of logits (..., classes), fewer if there are fewer."""
-    log_p, index = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]), -1)
-    return TopClasses(index.int(), log_p)
+    """The k likeliest classes of logits (..., classes), or all if there are no more."""
+    log_p, index = logits.float().log_softmax(-1), None
+    if k < logits.shape[-1]:
+        log_p, index = log_p.topk(k, -1)
+    return TopClasses(None if index is None else index.int(), log_p.half())
 
 
 def divergence(teacher: TopClasses, logits: Tensor) -> Tensor:
     """The bound above in nats, (...) float32, for the logits (..., classes) of a student."""
-    log_q = logits.float().log_softmax(-1).gather(-1, teacher.index.long())
-    p, rest = teacher.log_p.exp(), teacher.rest
+    log_q, log_p = logits.float().log_softmax(-1), teacher.log_p.float()
+    p = log_p.exp()
+    if teacher.index is None:
+        return (p * (log_p - log_q)).sum(-1)
+    log_q, rest = log_q.gather(-1, teacher.index.long()), teacher.rest
     q_rest = (1 - log_q.exp().sum(-1)).clamp_min(_TINY)
     merged = torch.where(rest > _TINY, rest * (rest.clamp_min(_TINY) / q_rest).log(), 0.0)
-    return (p * (teacher.log_p - log_q)).sum(-1) + merged
+    return (p * (log_p - log_q)).sum(-1) + merged
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of each token in units of the token's mean square, (...) float32, for outputs (..., width)."""
+    wanted = wanted.float()
+    return (found.float() - wanted).square().mean(-1) / (wanted.square().mean(-1) + NORM_EPS)

@@ -57,6 +57,7 @@ def compare_command(
     residual: Annotated[str, typer.Option(help="Correct the residual stream too: on, off or both.")] = "on",
     damping: Annotated[str, typer.Option(help="Ridges of the Hessian, comma-separated.")] = "0.03",
     tune_epochs: Annotated[str, typer.Option(help="Epochs of block tuning, comma-separated.")] = "0",
+    distill_epochs: Annotated[str, typer.Option(help="Epochs of training at the end, comma-separated.")] = "0",
     group_size: Annotated[str, typer.Option(help="Group sizes, comma-separated; row = one scale per row.")] = "row",
     dataset: Annotated[str | None, typer.Option(help="Calibration text. Left out: the model writes its own.")] = None,
     text: TextOption = None,
@@ -91,6 +92,7 @@ def compare_command(
         "residual": split(residual, "residual", _on_or_off),
         "damping": split(damping, "damping", float),
         "tune_epochs": split(tune_epochs, "tune-epochs", int),
+        "distill_epochs": split(distill_epochs, "distill-epochs", int),
     }
     common = {"num_samples": num_samples, "seq_len": seq_len, "seed": seed, "batch_size": batch_size}
     configs = [QepConfig(dataset=dataset, **common, **recipe) for recipe in recipes(grid)]
@@ -127,7 +129,8 @@ def run_comparison(
     """Quantise a copy of `float_model` by each config and measure it; one JSON-able row per config, in order.
 
     float_model: is not changed; it and one copy are in memory at a time.
-    Every row has the recipe (method, bits, group_size, propagation, residual, damping, tune_epochs), `status` ("ok" or
+    Every row has the recipe (method, bits, group_size, propagation, residual, damping, tune_epochs,
+    distill_epochs), `status` ("ok" or
     "impossible"), `reason`, bits_linear, bits_model, weight_bytes, seconds (of quantising), mean_error (relative
     layer error on the calibration rows), and measurements {value, stderr, n}: for language models kl,
     top1_agreement, perplexity, float_perplexity, bits_per_byte; for encoders cosine_distance, neighbour_overlap;
@@ -178,7 +181,7 @@ def _compare_one(
     errors = [layer.error for layer in report.layers]
     return (
         row
-        | _measurements(score)
+        | measurements(score)
         | {
             "status": "ok",
             "bits_linear": stored["bits_linear"],
@@ -191,7 +194,7 @@ def _compare_one(
     )
 
 
-_RECIPE = ("method", "bits", "group_size", "propagation", "residual", "damping", "tune_epochs")
+_RECIPE = ("method", "bits", "group_size", "propagation", "residual", "damping", "tune_epochs", "distill_epochs")
 _COLUMNS = (
     *_RECIPE, "status", "reason", "bits_linear", "bits_model", "weight_bytes",
     "seconds", "mean_error", "kl", "top1_agreement", "perplexity", "float_perplexity", "bits_per_byte",
@@ -199,7 +202,8 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def _measurements(score: Any) -> dict[str, Any]:
+def measurements(score: Any) -> dict[str, Any]:
+    """The measurements of a TextScore or EmbeddingScore that a row shows, each as {value, stderr, n}."""
     from hf_qep.evaluation.divergence import TextScore
     from hf_qep.evaluation.schema import to_json
 
@@ -255,11 +259,23 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     tasks = sorted({name for row in done for name in row["tasks"]})
     if done and done[0]["float_perplexity"]:
         title += f" (float perplexity {done[0]['float_perplexity']['value']:.4g})"
-    columns = ["method", "bits", "group", "QEP", "residual", "damping", "tuned", "bits, linears", "bits, model"]
+    columns = [
+        "method",
+        "bits",
+        "group",
+        "QEP",
+        "residual",
+        "damping",
+        "tuned",
+        "distilled",
+        "bits, linears",
+        "bits, model",
+    ]
     table = [
         [
             row["method"], row["bits"], row["group_size"], row["propagation"],
             "on" if row["residual"] and row["propagation"] else "off", row["damping"], row["tune_epochs"],
+            row["distill_epochs"],
             row["bits_linear"], row["bits_model"],
             *(_short(row[name]) for name in measured),
             *(_short(row["tasks"][name]["quantized"]) for name in tasks),

@@ -28,7 +28,7 @@ NEW_TOKENS = 48
 WINDOW = 256  # the model was trained on windows of 256 and 512 tokens
 
 NEXT_STEPS = """What to try next, with a network:
-  hf-qep quantize Qwen/Qwen3-0.6B --out qwen3-0.6b-1bit          (add --tune-epochs 4 for quality, if you have time)
+  hf-qep quantize Qwen/Qwen3-0.6B --out qwen3-0.6b-1bit
   hf-qep inspect qwen3-0.6b-1bit
   hf-qep eval qwen3-0.6b-1bit --text your-text.txt
   hf-qep compare Qwen/Qwen3-0.6B --methods onebit,sign --propagation 0,1"""
@@ -41,9 +41,7 @@ def demo_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for one checkpoint per method.")] = Path("demo-out"),
     num_samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 256,
-    tune_epochs: Annotated[
-        int, typer.Option(help="Epochs of block tuning in one more run of the last method; 0: none.", min=0)
-    ] = 4,
+    effort: Annotated[str, typer.Option(help="Effort of one more run of the last method; fast: none.")] = "balanced",
     quiet: output.QuietOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
@@ -56,8 +54,8 @@ def demo_command(
     torch.set_num_threads(1)  # so small a model gains nothing from two, and on a busy machine took eight times longer
     rows = {"dataset": dataset, "num_samples": num_samples, "seq_len": seq_len}
     configs = {m: QepConfig(method=m, **rows) for m in method}
-    if tune_epochs:
-        configs[f"{method[-1]}-tuned"] = QepConfig(method=method[-1], tune_epochs=tune_epochs, **rows)
+    if effort != "fast":
+        configs[f"{method[-1]}-{effort}"] = QepConfig(method=method[-1], effort=effort, **rows)
     result = run_demo(configs, text or HELD_OUT, out, quiet=quiet or as_json)
     result["seconds"] = round(time.monotonic() - began, 1)
     if as_json:
@@ -71,9 +69,10 @@ def demo_command(
 def run_demo(configs: dict[str, QepConfig], text: Path, out: Path, *, quiet: bool) -> dict[str, Any]:
     """Quantise, save, reload and measure once per config, by the name of its folder below `out`; all see the same
     calibration rows and the same text."""
-    from hf_qep.cli.job import cast_weights, quantize_and_save
+    from hf_qep.cli.job import quantize_and_save
     from hf_qep.engine.calibration import load_calibration
     from hf_qep.engine.source import load_float_model
+    from hf_qep.modules import cast_weights
 
     progress = Progress(quiet)
     say = (lambda text: None) if quiet else output.note

@@ -28,7 +28,7 @@ TextOption = Annotated[
 ]
 TasksOption = Annotated[
     str | None,
-    typer.Option(help="Tasks, comma-separated: NAME=FILE (parquet, jsonl), NAME of --tasks-dir, or one of lm_eval."),
+    typer.Option(help="Comma-separated: NAME=FILE (parquet, jsonl, txt), NAME of --tasks-dir, or one of lm_eval."),
 ]
 TasksDirOption = Annotated[
     Path | None, typer.Option(help="Folder of task files; all of them are run unless --tasks names some.")

@@ -20,6 +20,7 @@ from hf_qep.engine.source import licence_of, snapshot_revision
 from hf_qep.engine.writer import save_checkpoint
 from hf_qep.errors import CheckpointError
 from hf_qep.files import check_output
+from hf_qep.modules import cast_weights
 from hf_qep.progress import SILENT, Progress
 
 CHECKED_ROWS, CHECKED_TOKENS = 1, 64
@@ -67,7 +68,7 @@ def quantize_and_save(
             seed=config.seed,
             model=model,
         )
-    report = quantize_model(model, config, calibration, progress=progress)
+    report = quantize_model(model, config, calibration, progress=progress, stored_as=stored_as)
     if stored_as is not None:
         cast_weights(model, stored_as)
     manifest = build_manifest(
@@ -81,18 +82,6 @@ def quantize_and_save(
     save_checkpoint(model, out, tokenizer=tokenizer, manifest=manifest, overwrite=overwrite, remote_code=remote_code)
     reloaded = load_back(model, out, calibration)
     return Saved(reloaded, report, calibration, bits_report(reloaded, out))
-
-
-def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast what is stored; buffers that are not, such as rotary frequencies, stay as precise as loading makes them."""
-    kept = [
-        (module, name, module._buffers[name])
-        for module in model.modules()
-        for name in module._non_persistent_buffers_set
-    ]
-    model.to(dtype)
-    for module, name, buffer in kept:
-        module._buffers[name] = buffer
 
 
 @torch.no_grad()

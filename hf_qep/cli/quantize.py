@@ -15,15 +15,31 @@ from hf_qep.progress import Progress
 
 if TYPE_CHECKING:
     from hf_qep.cli.job import Saved
+    from hf_qep.config import QepConfig
 
 CALIBRATION_HELP = (
     "Calibration text: a txt, jsonl, csv or parquet file (file:column), a Hub data set (id:config:split:column) or a "
     "weighted mix (a.txt*0.7,b.jsonl*0.3). Left out: the model writes its own."
 )
 DTYPE_HELP = f"Dtype to compute in: auto (as stored), {', '.join(DTYPES)}. The files keep the stored one."
-TUNE_HELP = "Passes in which each block is trained towards the float model; 4 help much. 0: none."
+EFFORT_HELP = (
+    "fast solves each layer, balanced also trains the whole model towards the float one, best takes more rows "
+    "and trains longer. Sets the options below that are left out."
+)
+TUNE_HELP = "Passes in which each block is trained towards the float model. 0: none."
 LOOKAHEAD_HELP = "Blocks between a tuned block and its loss. Left out: all, and the head."
-BITS_HELP = "Bits per weight: 1.0; with `factored` 0.3 to 2.5, scales included."
+DISTILL_HELP = "Passes in which the whole model is trained towards the float model. 0: none."
+SIGNS_HELP = "Train signs too, 24 bytes of memory each. Left out: up to a thousand million."
+BITS_HELP = "Bits per weight: 1.0; with `factored` and `auto` 0.3 to 2.5, scales included."
+METHOD_HELP = "Solver: sign, onebit, gptq, rtn, qqa or factored; auto: sign or factored for each layer."
+MEMORY_HELP = "Instead of --bits, with `auto`: most bytes of the weight files, such as 14GB."
+TABLE_HELP = "Bits of the {}, 4 or 8. Left out: as stored."
+RECIPE = (
+    "bits", "method", "max_memory", "group_size", "effort", "dataset", "num_samples", "seq_len", "batch_size",
+    "propagation", "residual", "damping", "tune_epochs", "tune_lookahead", "distill_epochs", "distill_signs",
+    "embedding_bits", "head_bits", "seed",
+)  # fmt: skip
+"""Options that are fields of QepConfig."""
 
 
 def quantize_command(
@@ -31,17 +47,23 @@ def quantize_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the quantised checkpoint.")],
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub model.")] = None,
     bits: Annotated[float, typer.Option(help=BITS_HELP)] = 1.0,
-    method: Annotated[str, typer.Option(help="Solver: sign, onebit, gptq, rtn or factored.")] = "sign",
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "sign",
+    max_memory: Annotated[str | None, typer.Option(help=MEMORY_HELP)] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale. Left out: the row.")] = None,
+    effort: Annotated[str, typer.Option(help=EFFORT_HELP)] = "balanced",
     dataset: Annotated[str | None, typer.Option(help=CALIBRATION_HELP)] = None,
-    num_samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
+    num_samples: Annotated[int | None, typer.Option(help="Calibration rows.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
     propagation: Annotated[float, typer.Option(help="Strength of error propagation (QEP), 0 to 1.")] = 1.0,
     residual: Annotated[bool, typer.Option(help="Correct the error that the residual stream carries too.")] = True,
     damping: Annotated[float, typer.Option(help="Ridge of the Hessian, in units of its mean diagonal.")] = 0.03,
-    tune_epochs: Annotated[int, typer.Option(help=TUNE_HELP)] = 0,
+    tune_epochs: Annotated[int | None, typer.Option(help=TUNE_HELP)] = None,
     tune_lookahead: Annotated[int | None, typer.Option(help=LOOKAHEAD_HELP)] = None,
+    distill_epochs: Annotated[int | None, typer.Option(help=DISTILL_HELP)] = None,
+    distill_signs: Annotated[bool | None, typer.Option(help=SIGNS_HELP)] = None,
+    embedding_bits: Annotated[int | None, typer.Option(help=TABLE_HELP.format("word embeddings"))] = None,
+    head_bits: Annotated[int | None, typer.Option(help=TABLE_HELP.format("output head"))] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and solvers.")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help="Module that stays float; may be repeated.")] = None,
     device: DeviceOption = "cpu",
@@ -54,20 +76,45 @@ def quantize_command(
     as_json: output.JsonOption = False,
 ) -> None:
     """Quantise a model to about one bit per weight and save it."""
+    recipe = {name: value for name, value in locals().items() if name in RECIPE} | {"skip_modules": skip}
     check_output(out, overwrite=overwrite)  # before the seconds that the imports below take
     began = time.monotonic()
     place, compute_as = to_device(device), to_dtype(dtype)
+    saving = {"overwrite": overwrite, "remote_code": remote_code, "progress": Progress(quiet or as_json)}
+    config, saved, best = _quantize(model, revision, recipe, out, place, compute_as, saving)
+    seconds = round(time.monotonic() - began, 1)
+    result = summary(model, out, config.method, saved) | {"effort": config.effort, "seconds": seconds}
+    result["best_would_take_times"] = best
+    if as_json:
+        output.print_json(result)
+    else:
+        _show(result, quiet)
+
+
+def _quantize(
+    model: str,
+    revision: str | None,
+    recipe: dict[str, Any],
+    out: Path,
+    place: Any,
+    compute_as: Any,
+    saving: dict[str, Any],
+) -> tuple[QepConfig, Saved, float | None]:
+    """The config that was used, the finished job, and how many times as much work the best effort would have been."""
     from hf_qep.cli.job import quantize_and_save
-    from hf_qep.config import QepConfig
+    from hf_qep.config import EFFORTS, QepConfig
+    from hf_qep.engine.plan import plan_quantization
     from hf_qep.engine.source import load_float_model, resolve_model
 
-    rows = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size}
-    solver = {"propagation": propagation, "residual": residual, "damping": damping, "seed": seed}
-    solver |= {"tune_epochs": tune_epochs, "tune_lookahead": tune_lookahead, "skip_modules": skip}
-    config = QepConfig(bits=bits, method=method, group_size=group_size, dataset=dataset, **rows, **solver)
+    config = QepConfig(**recipe)
     folder = resolve_model(model, revision)
     float_model, tokenizer = load_float_model(folder)
     stored_as = float_model.dtype
+    best = None
+    if config.effort != "best":
+        better = QepConfig(**recipe | dict.fromkeys(EFFORTS["best"]) | {"effort": "best"})
+        plans = [plan_quantization(float_model.config, wanted, dtype=stored_as) for wanted in (better, config)]
+        best = plans[0].operations / plans[1].operations
     saved = quantize_and_save(
         float_model.to(device=place, dtype=compute_as),
         tokenizer,
@@ -76,15 +123,9 @@ def quantize_command(
         base_model=model,
         base_folder=folder,
         stored_as=stored_as if compute_as else None,
-        overwrite=overwrite,
-        remote_code=remote_code,
-        progress=Progress(quiet or as_json),
+        **saving,
     )
-    result = summary(model, out, config.method, saved) | {"seconds": round(time.monotonic() - began, 1)}
-    if as_json:
-        output.print_json(result)
-    else:
-        _show(result, quiet)
+    return config, saved, best
 
 
 def summary(model: str, out: Path, method: str, saved: Saved) -> dict[str, Any]:
@@ -114,5 +155,8 @@ def _show(result: dict[str, Any], quiet: bool) -> None:
         "seconds": result["seconds"],
     }
     output.print_facts(result["out"], facts)
+    if not quiet and result["best_would_take_times"]:
+        minutes = result["best_would_take_times"] * result["seconds"] / 60
+        output.note(f"This was --effort {result['effort']}; best would take about {minutes:.1g} minutes.")
     if not quiet:
         output.note(f"What was lost is not measured yet: hf-qep eval {result['out']} --baseline {result['model']}")

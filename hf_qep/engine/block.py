@@ -7,9 +7,8 @@ and once more to the end: at most groups + 1 passes.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,10 +22,14 @@ from hf_qep.architectures.observe import LinearObserver, StopForward
 from hf_qep.architectures.skeleton import BlockInputs, run_block
 from hf_qep.architectures.structure import Block, Group, LinearRef
 from hf_qep.config import QepConfig
+from hf_qep.distill.teacher import Teacher
+from hf_qep.distill.tuned_linear import latents_of
+from hf_qep.engine.curvature import OutputCurvature
+from hf_qep.engine.recipes import Recipe
 from hf_qep.engine.report import LayerReport, QuantizationReport
 from hf_qep.engine.seeds import derived_seed
 from hf_qep.engine.streams import Stream, StreamStore
-from hf_qep.engine.tuning import TuningData, latents_of, tune_block
+from hf_qep.engine.tuning import TuningData, tune_block
 from hf_qep.errors import ArchitectureError, NonFiniteError
 from hf_qep.methods.problem import LayerProblem
 from hf_qep.modules import PackedTensors, QepExpertWeight, packed_like, replace_module
@@ -47,24 +50,37 @@ class Job:
     quantized_stream: Stream
     store: StreamStore
     report: QuantizationReport
+    recipes: Mapping[LinearRef, Recipe]
+    """Method and spec of every linear."""
     tuning: TuningData | None = None
     """Present if blocks are to be tuned."""
+    teacher: Teacher | None = None
+    """Outputs of the float model, for training at the end of the model."""
+    curvature: OutputCurvature | None = None
+    """Present if errors are to be measured in the metric of the model's output."""
+    latents: dict[str, dict[str, Tensor]] | None = None
+    """Linear -> latents of its sign matrices, for signs that will train."""
+
+    @property
+    def distills_signs(self) -> bool:
+        """Whether signs train in the last step."""
+        return self.config.trains_signs(sum(ref.out_features * ref.in_features for ref in self.recipes))
 
     def strength(self, group: Group) -> float:
         """Propagation alpha of a group."""
         return 0.0 if group.exempt else self.config.propagation * group.strength
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> AbstractContextManager[None]:
         """Add the wall time of the body to a phase."""
-        began = time.perf_counter()
-        yield
-        self.report.seconds[phase] += time.perf_counter() - began
+        return self.report.timed(phase)
 
 
 @torch.no_grad()
 def quantize_block(job: Job, index: int, block: Block) -> None:
     """Quantise all groups of a block in place and move both streams behind it."""
+    if job.curvature is not None:
+        with job.timed("curvature"):
+            job.curvature.reach(job, index)
     with job.timed("float pass"):
         float_sides = _float_pass(job, index, block)
     passes = 0
@@ -211,10 +227,10 @@ def _hessian(own: Moments, pool: Tensor | None, *, centered: bool) -> Tensor:
 def _solve_linear(
     job: Job, group: Group, ref: LinearRef, moments: Moments, pool: Tensor | None, packed: dict[str, PackedTensors]
 ) -> None:
-    config, method = job.config, METHODS.get(job.config.method)
+    config, recipe = job.config, job.recipes[ref]
+    method, spec = METHODS.get(recipe.method), recipe.spec
     weight = get_weight(job.model, ref).float()
     strength = job.strength(group)
-    spec = method.spec(config.bits, config.group_size, ref.out_features, ref.in_features)
     centered = _takes_up_mean(job, ref)
     hessian = _hessian(moments, pool, centered=centered)
     damping = ridge(config.damping, ref.in_features, moments.count if pool is None else moments.count + len(pool))
@@ -226,12 +242,13 @@ def _solve_linear(
             target = correct_output(weight, hessian, gap, strength=strength, damping=damping)
     with job.timed("solve"):
         generator = torch.Generator().manual_seed(layer_seed(config.seed, ref))
-        parts = method.solve(LayerProblem(target, hessian, spec, damping, generator))
+        metric = None if job.curvature is None else job.curvature.found.get(ref)
+        parts = method.solve(LayerProblem(target, hessian, spec, damping, generator, metric))
     if ref.name not in packed:
         packed[ref.name] = packed_like(job.model, ref.name, spec)
     module = packed[ref.name]
-    if job.tuning is not None and ref.expert is None:
-        job.tuning.latents[ref.name] = latents_of(parts, module.format.assemble, target)
+    if job.latents is not None and ref.expert is None:
+        job.latents[ref.name] = latents_of(parts, module.format.assemble, target)
     tensors = {k: v.to(weight.device) for k, v in module.format.pack(parts, spec).items()}
     shipped = module.format.dequantize(tensors, spec, ref.out_features, ref.in_features, torch.float32)
     if isinstance(module, QepExpertWeight):

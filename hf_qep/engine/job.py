@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,18 +13,25 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_qep.architectures.families import eager_experts
 from hf_qep.architectures.skeleton import block_inputs, forward_only
-from hf_qep.architectures.structure import Structure, describe
-from hf_qep.config import QepConfig
+from hf_qep.architectures.structure import LinearRef, Structure, describe
+from hf_qep.architectures.tables import Table, find_tables
+from hf_qep.config import AUTO, QepConfig
 from hf_qep.conversion import settle
+from hf_qep.distill.teacher import take_teacher
+from hf_qep.engine.allocation import allocate
 from hf_qep.engine.block import Job, quantize_block
+from hf_qep.engine.budget import bit_budget
 from hf_qep.engine.calibration import Calibration, advise
+from hf_qep.engine.curvature import OutputCurvature
+from hf_qep.engine.distillation import distill_model
+from hf_qep.engine.recipes import Recipe, uniform_recipes
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.engine.streams import StreamStore
-from hf_qep.engine.tuning import rows_per_step, tuning_data
+from hf_qep.engine.tables import quantize_tables
+from hf_qep.engine.tuning import TuningData, rows_per_step
 from hf_qep.errors import AlreadyQuantizedError, ArchitectureError
 from hf_qep.modules import QepExpertWeight, packed_modules
 from hf_qep.progress import SILENT, Progress
-from hf_qep.registry import METHODS
 
 SAMPLE_TOKENS = 32
 """Tokens of the one row that shows the structure; every linear but rare experts is reached by any."""
@@ -37,38 +46,81 @@ def quantize_model(
     progress: Progress = SILENT,
     stream_budget: int = 8 << 30,
     stream_folder: Path | None = None,
+    stored_as: torch.dtype | None = None,
 ) -> QuantizationReport:
-    """Quantise the linears of a transformers model in place and set `model.config.quantization_config`.
+    """Quantise the linears of a transformers model, and its tables if asked, in place.
 
+    `model.config.quantization_config` is set as after loading a quantised one.
     model: float, in memory, on any device. config: copied, not changed. calibration: inputs of the model.
     stream_budget: bytes of activations kept in memory; the rest goes to files under stream_folder.
+    stored_as: dtype in the files of what stays float, if it is another one than now; only `max_memory` asks for it.
     Raises AlreadyQuantizedError, ArchitectureError, BitsError, ConfigError, IllConditionedError, NonFiniteError. The
     model is unusable if an error comes after the first block.
     """
     if packed_modules(model) or getattr(model, "is_quantized", False):
         raise AlreadyQuantizedError("this model is quantised already; start from the float model")
     model.eval()
-    rows = rows_per_step(calibration.inputs) if config.tune_epochs else config.batch_size
-    batches = calibration.batches(min(rows, config.batch_size))
+    rows = min(rows_per_step(calibration.inputs), config.batch_size)  # of a step of training
+    batches = calibration.batches(rows if config.tune_epochs else config.batch_size)
     structure = describe(model, _sample(batches[0]), config.skip_modules or ())
-    _check_shapes(structure, config)
+    tables = find_tables(model, config)
+    recipes, budget = _recipes(model, structure, tables, config, stored_as)
     report = QuantizationReport(skipped=dict(structure.skipped), calibration=dict(calibration.description))
     with StreamStore(stream_budget, stream_folder) as store, forward_only(model), eager_experts(model):
-        inputs = block_inputs(model, structure, batches)
-        _warn(report, advise(sum(h.shape[:-1].numel() for h in inputs.first_hidden), _widest(structure)))
-        floats, quantized = store.stream(), store.stream()
-        for hidden in inputs.first_hidden:
-            floats.append(hidden)
-            quantized.append(hidden)
-        inputs.first_hidden.clear()
-        tuning = tuning_data(model, structure, batches, config) if config.tune_epochs else None
-        job = Job(model, config, inputs, floats, quantized, store, report, tuning)
+        job = _begin(model, structure, tables, batches, config, store, report, recipes, budget)
+        if config.output_curvature:
+            job.curvature = OutputCurvature(structure, batches, config.damping)
         with progress.bar("quantising", total=len(structure.blocks), unit="block") as bar:
             for index, block in enumerate(structure.blocks):
                 quantize_block(job, index, block)
                 bar.advance(1, detail=f"error {report.layers[-1].error:.3f}")
+        if config.distill_epochs:
+            latents = job.latents if job.distills_signs else {}
+            with report.timed("distill"):
+                report.distillation = distill_model(
+                    model, config, calibration.inputs, job.teacher, latents, rows_per_step=rows, progress=progress
+                )
     _mark_quantized(model, config)
     return report
+
+
+def _begin(
+    model: Any,
+    structure: Structure,
+    tables: Sequence[Table],
+    batches: list[dict[str, torch.Tensor]],
+    config: QepConfig,
+    store: StreamStore,
+    report: QuantizationReport,
+    recipes: dict[LinearRef, Recipe],
+    budget: int | None,
+) -> Job:
+    """Both streams at the first block, and what the float model says, all before a linear is changed."""
+    inputs = block_inputs(model, structure, batches)
+    _warn(report, advise(sum(h.shape[:-1].numel() for h in inputs.first_hidden), _widest(structure)))
+    floats, quantized = store.stream(), store.stream()
+    for hidden in inputs.first_hidden:
+        floats.append(hidden)
+    if budget is not None:
+        with report.timed("allocate"):
+            recipes = allocate(model, structure, batches, inputs, config, budget)
+    teacher = take_teacher(model, batches) if _wants_teacher(config) else None
+    if tables:  # the quantised stream starts from what will be stored
+        quantize_tables(model, tables, _sample(batches[0]), report)
+        inputs.first_hidden = block_inputs(model, structure, batches).first_hidden
+    for hidden in inputs.first_hidden:
+        quantized.append(hidden)
+    inputs.first_hidden.clear()
+    job = Job(model, config, inputs, floats, quantized, store, report, recipes, teacher=teacher)
+    if config.tune_epochs:
+        job.tuning = TuningData(structure, batches)
+    if config.tune_epochs or job.distills_signs:
+        job.latents = {}
+    return job
+
+
+def _wants_teacher(config: QepConfig) -> bool:
+    return bool(config.distill_epochs or (config.tune_epochs and config.tune_lookahead is None))
 
 
 def _sample(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -77,14 +129,19 @@ def _sample(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v[:1, :SAMPLE_TOKENS] if tokens_only else v[:1] for k, v in batch.items()}
 
 
-def _check_shapes(structure: Structure, config: QepConfig) -> None:
-    """Refuse a width that the method cannot serve before hours of work, not in the middle of them."""
-    method = METHODS.get(config.method)
-    refs = [ref for block in structure.blocks for group in block.groups for ref in group.linears]
+def _recipes(
+    model: nn.Module, structure: Structure, tables: list[Table], config: QepConfig, stored_as: torch.dtype | None
+) -> tuple[dict[LinearRef, Recipe], int | None]:
+    """Method and spec of every linear, or the bits to choose them for.
+
+    A width that the method cannot serve is refused here, before hours of work, not in the middle of them.
+    """
+    refs = structure.linears()
     if not refs:
         raise ArchitectureError("skip_modules leaves nothing to quantise")
-    for ref in {(r.out_features, r.in_features): r for r in refs}.values():
-        method.spec(config.bits, config.group_size, ref.out_features, ref.in_features)
+    if config.method == AUTO:
+        return {}, bit_budget(model, refs, tables, config, stored_as)
+    return uniform_recipes(refs, config), None
 
 
 def _widest(structure: Structure) -> int:

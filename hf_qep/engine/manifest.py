@@ -23,10 +23,12 @@ MANIFEST_VERSION = 1
 _RECIPE = [
     "bits",
     "method",
+    "max_memory",
     "group_size",
     "propagation",
     "residual",
     "damping",
+    "effort",
     "num_samples",
     "seq_len",
     "batch_size",
@@ -35,6 +37,10 @@ _RECIPE = [
     "bias_correction",
     "tune_epochs",
     "tune_lookahead",
+    "distill_epochs",
+    "distill_signs",
+    "embedding_bits",
+    "head_bits",
     "format_version",
 ]
 _PACKAGES = ("hf-qep", "torch", "transformers", "safetensors", "huggingface_hub", "tokenizers", "numpy")

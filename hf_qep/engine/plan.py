@@ -18,16 +18,21 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 from hf_qep.architectures.families import LANGUAGE_MODEL, is_router
 from hf_qep.architectures.linears import find_linears, skipped_by_user
 from hf_qep.architectures.parts import LinearRef
-from hf_qep.config import QepConfig
+from hf_qep.architectures.tables import Table, find_tables
+from hf_qep.config import AUTO, QepConfig
+from hf_qep.engine.budget import bit_budget
+from hf_qep.engine.recipes import uniform_recipes
 from hf_qep.errors import ArchitectureError
-from hf_qep.registry import FORMATS, METHODS
+from hf_qep.formats import integer
 
-SOLVER_PRODUCTS = {"rtn": 0.0, "onebit": 1.0, "gptq": 2.0, "sign": 7.0, "factored": 60.0}
+SOLVER_PRODUCTS = {"rtn": 0.0, "onebit": 1.0, "gptq": 2.0, "sign": 7.0, "qqa": 180.0, "factored": 60.0, "auto": 90.0}
 """Products of the size (out, in) x (in, in) that a solver makes, from its code; others count as `sign`."""
 SQUARES = 8
 """Matrices of the input width squared that are held at once: H, C or G, the damped H, its factor, copies."""
 COPIES = 6
 """float32 copies of one weight that a solver holds."""
+BYTES_PER_SIGN = 24
+"""float32 numbers that training holds for each sign: latent, gradient, two moments, the best latent, the weight."""
 FACTORISATIONS = 3
 """Cholesky factorisations per linear: correction, solver, scales."""
 
@@ -43,8 +48,10 @@ class Plan:
     """The float model in the dtype of its files."""
     linear_bytes: int
     """The quantised linears, scales and padding included."""
+    table_bytes: int
+    """Embedding and head as whole numbers; 0 if they stay as they are."""
     rest_bytes: int
-    """Everything that stays as it is: embeddings, head, norms, biases."""
+    """Everything that stays as it is: norms, biases, embeddings and head unless they are asked for."""
     bits_linear: float
     bits_model: float
     memory_bytes: int
@@ -60,7 +67,7 @@ class Plan:
     @property
     def file_bytes(self) -> int:
         """Weight files of the output, without their headers."""
-        return self.linear_bytes + self.rest_bytes
+        return self.linear_bytes + self.table_bytes + self.rest_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -77,32 +84,42 @@ def plan_quantization(
     model = _empty(config, dtype)
     chain = _chain(model)
     linears = _quantized(model, chain, recipe.skip_modules or ())
-    method = METHODS.get(recipe.method)
-    specs = {ref: method.spec(recipe.bits, recipe.group_size, ref.out_features, ref.in_features) for ref in linears}
-    layout = FORMATS.get(method.FORMAT)
-    bits = sum(layout.stored_bits(spec, ref.out_features, ref.in_features) for ref, spec in specs.items())
+    tables = find_tables(model, recipe)
+    bits = _linear_bits(model, linears, tables, recipe)
     weights = sum(ref.out_features * ref.in_features for ref in linears)
     parameters = sum(p.numel() for p in model.parameters())
     float_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    rest_bytes = float_bytes - weights * dtype.itemsize
+    table_bytes = sum(integer.stored_bits(t.spec, t.rows, t.columns) for t in tables) // 8
+    rest_bytes = float_bytes - (weights + sum(t.rows * t.columns for t in tables)) * dtype.itemsize
     tokens = recipe.num_samples * recipe.seq_len
     members = len(model.get_submodule(chain))
-    operations = _operations(linears, tokens, recipe) + _tuning_operations(model, weights, members, tokens, recipe)
+    operations = _operations(linears, tokens, recipe) + _training_operations(model, weights, members, tokens, recipe)
     return Plan(
         parameters=parameters,
         quantized_weights=weights,
         float_bytes=float_bytes,
         linear_bytes=bits // 8,
+        table_bytes=table_bytes,
         rest_bytes=rest_bytes,
         bits_linear=bits / weights,
-        bits_model=(bits + 8 * rest_bytes) / parameters,
-        memory_bytes=float_bytes + _workspace(linears, tokens, members, dtype),
-        disk_bytes=float_bytes + bits // 8 + rest_bytes,
+        bits_model=(bits + 8 * (table_bytes + rest_bytes)) / parameters,
+        memory_bytes=float_bytes
+        + _workspace(linears, tokens, members, dtype)
+        + _training_memory(weights, float_bytes, recipe),
+        disk_bytes=float_bytes + bits // 8 + table_bytes + rest_bytes,
         operations=operations,
         seconds=operations / rate if rate else None,
         blocks=members,
-        kept=_largest_kept(model, {ref.name for ref in linears}),
+        kept=_largest_kept(model, {ref.name for ref in linears} | {name for t in tables for name in t.names}),
     )
+
+
+def _linear_bits(model: nn.Module, linears: Sequence[LinearRef], tables: Sequence[Table], recipe: QepConfig) -> int:
+    """Bits of the quantised linears; for `auto` what it may spend, of which it leaves a little over."""
+    if recipe.method == AUTO:
+        return bit_budget(model, linears, tables, recipe)
+    recipes = uniform_recipes(linears, recipe)
+    return sum(chosen.stored_bits(*ref.shape) for ref, chosen in recipes.items())
 
 
 def _empty(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
@@ -148,14 +165,15 @@ def _operations(linears: Sequence[LinearRef], tokens: int, recipe: QepConfig) ->
     return total
 
 
-def _tuning_operations(model: nn.Module, weights: int, blocks: int, tokens: int, recipe: QepConfig) -> float:
-    """Forward and backward from each block to where its loss is taken. A head is as large as the embedding."""
-    if not recipe.tune_epochs:
-        return 0.0
+def _training_operations(model: nn.Module, weights: int, blocks: int, tokens: int, recipe: QepConfig) -> float:
+    """Forward and backward from each block to where its loss is taken, then through the whole model in each epoch of
+    distillation. A head is as large as the embedding."""
     embedding = model.get_input_embeddings()
-    head = embedding.weight.numel() if recipe.tune_lookahead is None and isinstance(embedding, nn.Embedding) else 0
-    ahead = (blocks + 1) / 2 if recipe.tune_lookahead is None else min(recipe.tune_lookahead + 1, blocks)
-    return 6.0 * tokens * recipe.tune_epochs * (weights * ahead + head * blocks)
+    head = embedding.weight.numel() if isinstance(embedding, nn.Embedding) else 0
+    whole = recipe.tune_lookahead is None
+    ahead = (blocks + 1) / 2 if whole else min(recipe.tune_lookahead + 1, blocks)
+    passes = recipe.tune_epochs * (weights * ahead + head * blocks * whole) + recipe.distill_epochs * (weights + head)
+    return 6.0 * tokens * passes
 
 
 def _workspace(linears: Sequence[LinearRef], tokens: int, blocks: int, dtype: torch.dtype) -> int:
@@ -166,6 +184,13 @@ def _workspace(linears: Sequence[LinearRef], tokens: int, blocks: int, dtype: to
     streams = tokens * (2 * hidden + inputs) * dtype.itemsize
     solving = max(4 * (SQUARES * r.in_features**2 + COPIES * r.out_features * r.in_features) for r in linears)
     return streams + solving
+
+
+def _training_memory(weights: int, float_bytes: int, recipe: QepConfig) -> int:
+    """Distillation holds the model in float32 and, for each sign, latent, gradient, two moments of it and the best."""
+    if not recipe.distill_epochs:
+        return 0
+    return float_bytes + (BYTES_PER_SIGN * weights if recipe.trains_signs(weights) else 0)
 
 
 def _largest_kept(model: nn.Module, quantized: set[str], count: int = 5) -> tuple[str, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,16 +33,30 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class BlockTuning:
-    """What tuning did to one block. Losses: see `engine.tuning`."""
+class TableReport:
+    """An embedding or head that is stored as whole numbers."""
 
-    block: str
+    names: list[str]
+    """Modules that hold it: two if they are tied."""
+    rows: int
+    columns: int
+    spec: dict[str, Any]
+    stored_bits: int
+    """Bits of the stored tensor, scales and padding included; a tied pair has one."""
+    error: float
+    """Squared error of the weights relative to their squares."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training did. Losses: distance to the float model, see `engine.tuning` and `engine.distillation`."""
+
     trained_on: int
-    """Batches that were trained on."""
+    """Batches that were trained on; rows, where the whole model was trained."""
     held_out: int
-    """Batches that were not."""
+    """Those that were not."""
     before: float
-    """Loss on the held-out batches as solved."""
+    """Loss on the held-out ones as solved."""
     after: float
     """The same for what is stored; never more than `before`."""
     epoch: int
@@ -48,21 +65,39 @@ class BlockTuning:
     """Share of signs that were turned."""
 
 
+@dataclass(frozen=True)
+class BlockTuning(Training):
+    """What tuning did to one block."""
+
+    block: str
+
+
 @dataclass
 class QuantizationReport:
     """Outcome of `quantize_model`."""
 
     layers: list[LayerReport] = field(default_factory=list)
+    tables: list[TableReport] = field(default_factory=list)
+    """With `embedding_bits` or `head_bits` only."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Modules that stay float, with the reason."""
     tuning: list[BlockTuning] = field(default_factory=list)
     """One entry per block, with `tune_epochs` only."""
+    distillation: Training | None = None
+    """With `distill_epochs` only."""
     passes: list[tuple[int, int]] = field(default_factory=list)
     """(float passes, quantised passes) of every block."""
     seconds: Counter[str] = field(default_factory=Counter)
-    """Wall time by phase: float pass, observe, correct, solve, tune, advance."""
+    """Wall time by phase: allocate, float pass, observe, correct, solve, tune, advance, distill."""
     warnings: list[str] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the wall time of the body to a phase."""
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - began
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, for the manifest."""

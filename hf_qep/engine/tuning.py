@@ -15,17 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_qep.algorithms.distillation import TopClasses, divergence, top_classes
-from hf_qep.algorithms.straight_through import start_latents, trained_sign
+from hf_qep.algorithms.distillation import NORM_EPS
 from hf_qep.architectures.parts import Block, Structure
 from hf_qep.architectures.skeleton import forward_block, forward_rest, run_block
+from hf_qep.distill.trainable import SCALE_RATE, SIGN_RATE, vectors
+from hf_qep.distill.tuned_linear import TunedLinear
 from hf_qep.engine.report import BlockTuning
 from hf_qep.engine.seeds import derived_seed
 from hf_qep.modules import QepLinear, packed_modules, replace_module
@@ -35,17 +35,10 @@ if TYPE_CHECKING:
 
 HELD_OUT = 8
 """One batch in so many is not trained on."""
-SIGN_RATE, SCALE_RATE = 1e-2, 3e-3
-"""Adam's steps, of latents in units of their scale, and of everything else relative to its size; both fall as a cosine
-to 0. A factor of three in either changes the outcome by less than twice the epochs do."""
 BETAS = (0.9, 0.95)
 STEP_TOKENS = 256
 """Tokens per step, about: many small steps turn more signs for the better than few large ones, at the same cost, until
 they are too noisy."""
-NORM_EPS = 1e-6
-TEACHER_BYTES, LEAST_CLASSES = 1 << 29, 64
-"""Room for the outputs of the float model, and classes kept per token where that is not enough for all of them. What
-the classes that are left out get is not trained: 64 of 2,048 kept a third less of the gain than all of them."""
 
 
 @dataclass
@@ -55,10 +48,6 @@ class TuningData:
     structure: Structure
     batches: list[dict[str, Tensor]]
     """Inputs of the model, as the streams are batched."""
-    teacher: list[TopClasses | Tensor]
-    """Output of the float model for each batch; empty with a lookahead."""
-    latents: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Linear of the present block -> latents of its sign matrices."""
 
 
 def rows_per_step(inputs: dict[str, Tensor]) -> int:
@@ -66,69 +55,6 @@ def rows_per_step(inputs: dict[str, Tensor]) -> int:
     anything else (an image) counts as half a step."""
     length = max((value.shape[1] for value in inputs.values() if value.ndim == 2), default=STEP_TOKENS // 2)
     return max(1, STEP_TOKENS // length)
-
-
-@torch.no_grad()
-def tuning_data(model: Any, structure: Structure, batches: list[dict[str, Tensor]], config: Any) -> TuningData:
-    """Take the outputs of the float model, before any block is changed."""
-    teacher: list[TopClasses | Tensor] = []
-    for batch in batches if config.tune_lookahead is None else ():
-        output = model(**{key: value.to(model.device) for key, value in batch.items()})
-        logits = getattr(output, "logits", None)
-        if logits is None:
-            teacher.append(output[0].cpu())
-            continue
-        places = len(batches) * logits.shape[:-1].numel()
-        kept = top_classes(logits, max(LEAST_CLASSES, TEACHER_BYTES // (8 * places)))
-        teacher.append(TopClasses(kept.index.cpu(), kept.log_p.cpu()))
-    return TuningData(structure, batches, teacher)
-
-
-def latents_of(parts: dict[str, Tensor], assemble: Any, target: Tensor) -> dict[str, Tensor]:
-    """Latents of every sign matrix of a solved linear.
-
-    A method may give them itself, as `<name>_latent` among its parts; a single matrix called `signs` gets them from the
-    weight (out, in) that was solved for.
-    """
-    given = {name: parts[f"{name}_latent"] for name in parts if f"{name}_latent" in parts}
-    if given:
-        return given
-    floats = {name: torch.ones(p.shape) if p.dtype == torch.bool else p for name, p in parts.items()}
-    size = assemble({name: p.to(target.device) for name, p in floats.items()})
-    ratio = target / size.clamp_min(torch.finfo(size.dtype).tiny)
-    return {"signs": start_latents(parts["signs"].to(target.device), ratio)}
-
-
-class TunedLinear(nn.Module):
-    """A packed linear while it is trained: float32 latents and logarithms of scales; x (..., in) -> (..., out)."""
-
-    def __init__(self, packed: QepLinear, latents: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.in_features, self.out_features = packed.in_features, packed.out_features
-        self._packed = [packed]  # in a list: its tensors are not parameters of this module
-        parts = packed.format.unpack(packed.packed_state(), packed.spec, packed.out_features, packed.in_features)
-        scales = {name: part for name, part in parts.items() if part.dtype != torch.bool}
-        tiny = torch.finfo(torch.float16).tiny
-        self.latents = nn.ParameterDict({name: latents[name].float().clone() for name in parts if name not in scales})
-        self.scales = nn.ParameterDict({name: s.clamp_min(tiny).log() for name, s in scales.items()})
-        self.bias = None if packed.bias is None else nn.Parameter(packed.bias.detach().float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Product in the dtype of x; the weight is put together in float32."""
-        signs = {name: trained_sign(latent) for name, latent in self.latents.items()}
-        weight = self._packed[0].format.assemble(signs | {name: s.exp() for name, s in self.scales.items()})
-        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-    @torch.no_grad()
-    def packed(self) -> QepLinear:
-        """The packed linear with what was trained."""
-        packed = self._packed[0]
-        parts = {name: latent >= 0 for name, latent in self.latents.items()}
-        parts |= {name: s.exp() for name, s in self.scales.items()}
-        packed.load_packed(packed.format.pack(parts, packed.spec))
-        if self.bias is not None:
-            packed.bias.data.copy_(self.bias)
-        return packed
 
 
 class _Plain:
@@ -159,9 +85,14 @@ class _Tuner:
         count = len(job.quantized_stream)
         held = max(1, count // HELD_OUT)
         self.train, self.held = list(range(count - held)), list(range(count - held, count))
-        self.linears = {name: TunedLinear(module, self.data.latents[name]) for name, module in linears.items()}
-        self.plain = [_Plain(p) for p in _vectors(job.model.get_submodule(block.name))]
+        self.linears = {name: TunedLinear(module, job.latents[name]) for name, module in linears.items()}
+        self.plain = [_Plain(p) for p in vectors(job.model.get_submodule(block.name))]
         self.weight = None if job.config.tune_lookahead is None else _next_norm(job.model, self.data, self._last())
+
+    def _rows(self, batch: int) -> slice:
+        """Rows of the calibration data that make up a batch: all batches but the last are as large as the first."""
+        size = len(self.data.batches[0][next(iter(self.data.batches[0]))])
+        return slice(batch * size, (batch + 1) * size)
 
     def _last(self) -> int:
         """Block after which the loss is taken."""
@@ -175,7 +106,7 @@ class _Tuner:
         if self.weight is None:
             inputs = self.data.batches[batch]
             output = forward_rest(job.model, self.data.structure, self.index, hidden, inputs)
-            return _output_loss(output, self.data.teacher[batch], inputs.get("attention_mask"))
+            return job.teacher.loss(output, self._rows(batch), inputs.get("attention_mask"))
         wanted = job.float_stream.get(batch, self.device)
         for later in range(self.index + 1, self._last() + 1):
             call = job.inputs.call(later, batch, self.device)
@@ -212,7 +143,7 @@ class _Tuner:
     def run(self, epochs: int, before: float) -> int:
         """Train and return to the epoch with the lowest loss on the held-out batches: its number, 0 if all are above
         `before`."""
-        optimizer = torch.optim.Adam(self._rates(), betas=BETAS)
+        optimizer = torch.optim.Adam(self._rates(), betas=BETAS, fused=True)
         steps = epochs * len(self.train)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * k / steps)))
         generator = torch.Generator().manual_seed(derived_seed("tune", self.job.config.seed, self.block.name))
@@ -236,7 +167,7 @@ class _Tuner:
     def flips(self) -> float:
         """Share of the signs that differ from the solved ones."""
         pairs = [
-            (latent >= 0, self.data.latents[name][key] >= 0)
+            (latent >= 0, self.job.latents[name][key] >= 0)
             for name, module in self.linears.items()
             for key, latent in module.latents.items()
         ]
@@ -270,7 +201,7 @@ def tune_block(job: Job, index: int, block: Block) -> None:
     if not linears or len(job.quantized_stream) < 2:
         return
     solved = {name: {k: t.clone() for k, t in module.state_dict().items()} for name, module in linears.items()}
-    vectors = [(p, p.detach().clone()) for p in _vectors(job.model.get_submodule(block.name))]
+    floats = [(p, p.detach().clone()) for p in vectors(job.model.get_submodule(block.name))]
     with _nothing_else_trains(job.model):
         tuner = _Tuner(job, index, block, linears)
         before = tuner.held_out_loss()
@@ -282,12 +213,13 @@ def tune_block(job: Job, index: int, block: Block) -> None:
     if not epoch or not after < before:  # rounding of the scales can undo a small gain
         for name, module in linears.items():
             module.load_state_dict(solved[name])
-        for parameter, value in vectors:
+        for parameter, value in floats:
             parameter.data.copy_(value)
         epoch, after, flips = 0, before, 0.0
     counts = len(tuner.train), len(tuner.held)
-    job.report.tuning.append(BlockTuning(block.name, *counts, before, after, epoch, flips))
-    job.tuning.latents.clear()
+    job.report.tuning.append(BlockTuning(*counts, before, after, epoch, flips, block=block.name))
+    if epoch:
+        job.latents.update({n: {k: u.detach() for k, u in t.latents.items()} for n, t in tuner.linears.items()})
 
 
 @contextmanager
@@ -303,13 +235,6 @@ def _nothing_else_trains(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         for parameter in before:
             parameter.requires_grad_(True)
-
-
-def _vectors(block: nn.Module) -> list[nn.Parameter]:
-    """Vectors of a block that belong to no quantised linear: weights and biases of norms, biases of float linears."""
-    owners = [module for module in block.modules() if not isinstance(module, TunedLinear | QepLinear)]
-    own = [p for module in owners for p in module.parameters(recurse=False)]
-    return [p for p in own if p.ndim == 1 and p.is_floating_point()]
 
 
 def _next_norm(model: nn.Module, data: TuningData, last: int) -> Tensor:
@@ -335,17 +260,3 @@ def _hidden_loss(hidden: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
     wanted = wanted.float()
     size = wanted.square().mean(-1, keepdim=True) + NORM_EPS
     return ((hidden.float() - wanted).square() / size * weight.to(wanted.device)).mean()
-
-
-def _output_loss(output: Any, teacher: TopClasses | Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the tokens that the mask (rows, tokens) does not leave out."""
-    if isinstance(teacher, TopClasses):
-        moved = TopClasses(teacher.index.to(output.logits.device), teacher.log_p.to(output.logits.device))
-        each = divergence(moved, output.logits)
-    else:
-        found, wanted = output[0].float(), teacher.to(output[0].device).float()
-        each = (found - wanted).square().mean(-1) / (wanted.square().mean(-1) + NORM_EPS)
-    if mask is None or mask.shape != each.shape:
-        return each.mean()
-    kept = mask.to(each)
-    return (each * kept).sum() / kept.sum().clamp_min(1)

@@ -19,7 +19,10 @@ def exact(teacher, student):
 def test_with_all_classes_kept_it_is_the_divergence():
     teacher, student = pair()
     torch.testing.assert_close(
-        divergence(top_classes(teacher, 40), student).double(), exact(teacher, student), rtol=1e-4, atol=1e-5
+        divergence(top_classes(teacher, 40), student).double(),
+        exact(teacher, student),
+        rtol=1e-3,
+        atol=2e-3,  # log-probabilities are kept as float16
     )
 
 
@@ -37,8 +40,8 @@ def test_it_is_zero_with_a_gradient_of_zero_at_the_teacher_itself():
     student = teacher.clone().requires_grad_(True)
     loss = divergence(top_classes(teacher, 8), student).sum()
     loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-4)
-    assert student.grad.abs().max() < 1e-5
+    assert loss.item() == pytest.approx(0, abs=1e-2)
+    assert student.grad.abs().max() < 1e-3
 
 
 def test_a_teacher_that_is_certain_gives_finite_gradients():

@@ -135,7 +135,7 @@ def demo_result(tmp_path_factory, float_folder, text_file):
         patch.setattr(demo, "DEMO_MODEL", float_folder)
         patch.setattr(demo, "WINDOW", 32)
         patch.setattr(demo, "NEW_TOKENS", 8)
-        words = ("--method", "rtn", "--method", "onebit", "--tune-epochs", 1, "--text", text_file, "--out", out, *SMALL)
+        words = ("--method", "rtn", "--method", "onebit", "--text", text_file, "--out", out, *SMALL)
         result = run("demo", *words, "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     return out, json.loads(result.stdout)
@@ -143,7 +143,7 @@ def demo_result(tmp_path_factory, float_folder, text_file):
 
 def test_demo_compares_the_float_model_and_every_method(demo_result):
     _, said = demo_result
-    assert [row["name"] for row in said["rows"]] == ["float", "rtn", "onebit", "onebit-tuned"]
+    assert [row["name"] for row in said["rows"]] == ["float", "rtn", "onebit", "onebit-balanced"]
     base, *others = said["rows"]
     assert (base["bits_linear"], base["kl"], base["top1_agreement"]) == (16, 0, 1)
     for row in others:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_qep import QepConfig
+from hf_qep.accounting import bits_report
 from hf_qep.errors import CalibrationError, ConfigError
 from hf_qep.modules import packed_modules
 from tests.plugin.packing import logits
@@ -39,6 +40,15 @@ def float_folder(
 
 def inputs(family: str, tiny_batch: Callable) -> dict[str, Tensor]:
     return tiny_batch(family, seed=1, batch_size=8)
+
+
+def test_a_budget_is_spent_while_loading(float_folder: Callable, tiny_batch: Callable, tmp_path: Path) -> None:
+    config = QepConfig(method="auto", bits=1.6, dataset=inputs("llama", tiny_batch), **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(float_folder("llama"), quantization_config=config)
+    model.save_pretrained(tmp_path)
+    assert 1.56 < bits_report(model, tmp_path)["bits_linear"] <= 1.6
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, tiny_batch("llama")), logits(model, tiny_batch("llama")))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,102 @@
+"""A packed model made trainable, and packed again.
+
+Linears get float32 latents and logarithms of scales (TunedLinear) or, if their signs shall stay, float32 scales. Norms
+and biases train as they are: put the model in float32 first, whatever it is stored in, and let the trainer's mixed
+precision choose what it computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_qep.distill.tuned_linear import TunedLinear
+from hf_qep.modules import PackedTensors, QepLinear, packed_modules, replace_module
+
+SIGN_RATE, SCALE_RATE = 1e-2, 3e-3
+"""Adam's steps, of latents in units of their scale, and of everything else relative to its size. A factor of three in
+either changes the outcome by less than twice the epochs do."""
+
+
+class Trainable:
+    """What of a packed model trains.
+
+    model: packed and float32; changed until `finish`. latents: linear -> latents of its sign matrices (see
+    `tuned_linear.latents_of`); signs of linears that it does not name stay as they are, and only their scales train.
+    Nothing else of the model asks for a gradient until `finish`.
+    """
+
+    def __init__(self, model: nn.Module, latents: Mapping[str, dict[str, Tensor]]) -> None:
+        self.model, self._before = model, [p for p in model.parameters() if p.requires_grad]
+        for parameter in self._before:
+            parameter.requires_grad_(False)
+        packed = packed_modules(model)
+        self.packed = {name: m for name, m in packed.items() if isinstance(m, QepLinear) and name in latents}
+        self.linears = {name: TunedLinear(module, latents[name]) for name, module in self.packed.items()}
+        self.start = {name: {k: v >= 0 for k, v in latents[name].items()} for name in self.linears}
+        self.scaled = [m for name, m in packed.items() if name not in self.linears and _has_scales(m)]
+        self.vectors = vectors(model)
+        for vector in self.vectors:
+            vector.requires_grad_(True)
+        for module in self.scaled:
+            module.train_scales()
+        for name, module in self.linears.items():
+            replace_module(model, name, module)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Groups of parameters for an optimiser, each with its rate."""
+        groups: list[dict[str, Any]] = []
+        for module in self.linears.values():
+            groups.append({"params": list(module.latents.values()), "lr": SIGN_RATE})
+            groups.append({"params": list(module.scales.values()), "lr": SCALE_RATE})
+        biases = [m.bias for m in self.linears.values() if m.bias is not None]
+        scales = [p for m in self.scaled for p in m.parameters() if p.requires_grad]
+        return groups + [{"params": [p], "lr": SCALE_RATE * _size(p)} for p in (*scales, *biases, *self.vectors)]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that trains, in a fixed order."""
+        return [p for group in self.groups() for p in group["params"]]
+
+    def latents(self) -> list[nn.Parameter]:
+        """The latents of all sign matrices."""
+        return [p for module in self.linears.values() for p in module.latents.values()]
+
+    def flips(self) -> float:
+        """Share of the signs that are not as at the start; 0 if none trains."""
+        pairs = [
+            (latent >= 0, self.start[name][key])
+            for name, module in self.linears.items()
+            for key, latent in module.latents.items()
+        ]
+        return sum((now != then).sum().item() for now, then in pairs) / max(1, sum(now.numel() for now, _ in pairs))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Pack what was trained, as it is stored, and put the packed modules back."""
+        for name, module in self.linears.items():
+            replace_module(self.model, name, module.packed())
+        for module in self.scaled:
+            for name, tensor in module.packed_state().items():
+                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+        for vector in self.vectors:
+            vector.requires_grad_(False)
+        for parameter in self._before:
+            parameter.requires_grad_(True)
+
+
+def vectors(module: nn.Module) -> list[nn.Parameter]:
+    """Vectors that belong to no packed module: weights and biases of norms, biases of float linears."""
+    owners = [m for m in module.modules() if not isinstance(m, TunedLinear | PackedTensors)]
+    own = [p for m in owners for p in m.parameters(recurse=False)]
+    return list({id(p): p for p in own if p.ndim == 1 and p.is_floating_point()}.values())
+
+
+def _has_scales(module: PackedTensors) -> bool:
+    return any(tensor.is_floating_point() for tensor in module.tensors().values())
+
+
+def _size(parameter: Tensor) -> float:
+    return parameter.detach().square().mean().sqrt().item() or 1.0

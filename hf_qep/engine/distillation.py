@@ -1,0 +1,149 @@
+"""The last step: all packed layers are trained together, so that the model answers as the float model does.
+
+Signs train through latents and a straight-through gradient, scales, norms and biases as they are, towards the outputs
+of the float model on the calibration rows (the Kullback-Leibler divergence where it has classes). One row in eight is
+never trained on; the epoch with the lowest loss on those rows is kept, as it will be stored, or none.  An epoch costs
+what one forward and backward pass of the model costs, so it grows with the depth, not with its square.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_qep.config import QepConfig
+from hf_qep.distill.teacher import Teacher
+from hf_qep.distill.trainable import Trainable
+from hf_qep.engine.report import Training
+from hf_qep.engine.seeds import derived_seed
+from hf_qep.modules import cast_weights
+from hf_qep.progress import Progress
+
+if TYPE_CHECKING:
+    from hf_qep.distill.trainer import KeepBest, Rows
+
+HELD_OUT = 8
+"""One row in so many is not trained on."""
+BETAS = (0.9, 0.95)
+
+
+def distill_model(
+    model: Any,
+    config: QepConfig,
+    inputs: dict[str, Tensor],
+    teacher: Teacher,
+    latents: Mapping[str, dict[str, Tensor]],
+    *,
+    rows_per_step: int,
+    progress: Progress,
+) -> Training | None:
+    """Train a packed model in place for `config.distill_epochs` and report it; None if there are too few rows.
+
+    inputs: of the model, one entry per row of the teacher. latents: of the signs that may turn, see `Trainable`.
+    """
+    from hf_qep.distill.trainer import KeepBest, Rows  # transformers' Trainer loads peft and datasets
+
+    count = len(teacher)
+    held = max(1, count // HELD_OUT)
+    if count < 2:
+        return None
+    train, test = Rows(inputs, range(count - held)), Rows(inputs, range(count - held, count))
+    stored = model.dtype
+    solved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = held_out_loss(model, test, teacher, rows_per_step)
+    cast_weights(model, torch.float32)
+    trained = Trainable(model, latents)
+    with progress.bar("distilling", config.distill_epochs, "epoch") as bar:
+        best = KeepBest(trained.parameters(), before, lambda _, loss: bar.advance(1, detail=f"loss {loss:.4f}"))
+        _train(model, config, trained, best, train, test, teacher, rows_per_step)
+    best.restore()
+    flips = trained.flips()
+    trained.finish()
+    cast_weights(model, stored)
+    after = held_out_loss(model, test, teacher, rows_per_step)
+    if not best.epoch or not after < before:  # rounding of scales and norms can undo a small gain
+        model.load_state_dict(solved)
+        best.epoch, after, flips = 0, before, 0.0
+    return Training(len(train), len(test), before, after, best.epoch, flips)
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, data: Rows, teacher: Teacher, rows_per_step: int) -> float:
+    """Mean distance to the teacher over rows, each counted once."""
+    total = 0.0
+    for start in range(data.numbers.start, data.numbers.stop, rows_per_step):
+        rows = slice(start, min(start + rows_per_step, data.numbers.stop))
+        batch = {key: value[rows].to(model.device) for key, value in data.inputs.items()}
+        loss = teacher.loss(model(**batch), rows, batch.get("attention_mask"))
+        total += loss.item() * (rows.stop - rows.start)
+    return total / len(data)
+
+
+def _train(
+    model: Any,
+    config: QepConfig,
+    trained: Trainable,
+    best: KeepBest,
+    train: Rows,
+    test: Rows,
+    teacher: Teacher,
+    rows_per_step: int,
+) -> None:
+    from transformers import PrinterCallback, TrainingArguments
+
+    from hf_qep.distill.trainer import QepDistillTrainer
+
+    with tempfile.TemporaryDirectory(prefix="hf_qep_") as folder, _quiet(), torch.random.fork_rng():
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=config.distill_epochs,
+            per_device_train_batch_size=rows_per_step,
+            per_device_eval_batch_size=rows_per_step,
+            lr_scheduler_type="cosine",
+            adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1],
+            max_grad_norm=0.0,
+            eval_strategy="epoch",
+            prediction_loss_only=True,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            use_cpu=model.device.type == "cpu",
+            bf16=model.device.type == "cuda" and torch.cuda.is_bf16_supported(),
+            seed=derived_seed("distill", config.seed) % 2**32,
+        )
+        trainer = QepDistillTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=test,
+            teacher=teacher,
+            parameter_groups=trained.groups,
+            callbacks=[best],
+        )
+        trainer.remove_callback(PrinterCallback)
+        with torch.enable_grad():
+            trainer.train()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Trainer and accelerate speak of what is of no use to someone who did not start a training."""
+    loggers = [logging.getLogger(name) for name in ("transformers.trainer", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
