@@ -7,7 +7,7 @@ and once more to the end: at most groups + 1 passes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from hf_qep.config import QepConfig
 from hf_qep.distill.teacher import Teacher
 from hf_qep.distill.tuned_linear import latents_of
 from hf_qep.engine.curvature import OutputCurvature
+from hf_qep.engine.masks import without_padding
 from hf_qep.engine.recipes import Recipe
 from hf_qep.engine.report import LayerReport, QuantizationReport
 from hf_qep.engine.seeds import derived_seed
@@ -50,6 +51,8 @@ class Job:
     quantized_stream: Stream
     store: StreamStore
     report: QuantizationReport
+    masks: Sequence[Tensor | None]
+    """Padding of every batch, see `engine.masks`."""
     recipes: Mapping[LinearRef, Recipe]
     """Method and spec of every linear."""
     tuning: TuningData | None = None
@@ -161,11 +164,14 @@ def _observe(job: Job, index: int, block: Block, group: Group, side: FloatSide) 
     }
     batch, inputs = 0, {}
 
+    def kept(x: Tensor) -> Tensor:
+        return without_padding(x, job.masks[batch])
+
     def see(ref: LinearRef, x: Tensor) -> None:
         if side.summed:
             inputs[ref] = x
             return
-        moments[ref].update(x, side.stream.get(batch, device) if cross else None)
+        moments[ref].update(kept(x), kept(side.stream.get(batch, device)) if cross else None)
         if not experts:
             raise StopForward
 
@@ -173,7 +179,7 @@ def _observe(job: Job, index: int, block: Block, group: Group, side: FloatSide) 
         if side.summed:
             total = total.float()
             gap = side.stream.get(batch, device).float() - total
-            moments[ref].update(inputs.pop(ref), gap=gap, token_weight=_norm_weight(total))
+            moments[ref].update(kept(inputs.pop(ref)), gap=kept(gap), token_weight=_norm_weight(kept(total)))
             raise StopForward
 
     with LinearObserver({ref: get_weight(job.model, ref) for ref in watched}, see, see_sum):

@@ -60,7 +60,8 @@ def load_calibration(
     seed: int,
     model: PreTrainedModel | None = None,
 ) -> Calibration:
-    """At most `num_samples` samples of `dataset`, for text packed into rows of `seq_len` tokens without padding.
+    """At most `num_samples` samples of `dataset`, for text packed into rows of `seq_len` tokens. Language models
+    get them without padding, encoders one text per row with an attention mask.
 
     dataset:
         None or "self"            text the model writes itself (`self_sampling.py`)
@@ -90,8 +91,7 @@ def load_calibration(
         inputs, sources = _unnamed(dataset, seq_len), [{"name": "tensor in memory"}]
     else:
         seq_len = _fitting_length(seq_len, tokenizer, model)
-        ids, sources = _rows(dataset, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed, model=model)
-        inputs = {"input_ids": ids}
+        inputs, sources = _rows(dataset, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed, model=model)
     inputs = _draw(inputs, num_samples, seed)
     _check_ids(inputs, tokenizer, model)
     return _finish(inputs, sources, asked=num_samples, seed=seed, model=model)
@@ -110,11 +110,11 @@ def advise(calibration_tokens: int, widest_input: int) -> str | None:
 
 def _rows(
     dataset: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, model: PreTrainedModel | None
-) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Token rows (n, seq_len) and what they were made from."""
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Token rows (n, seq_len), their mask if any is filled up, and what they were made from."""
     if dataset is None or (isinstance(dataset, str) and dataset == "self"):
         ids = sample_rows(model, tokenizer, num_rows=num_samples, seq_len=seq_len, seed=seed)
-        return ids, [{"name": "self", "rows": len(ids)}]
+        return {"input_ids": ids}, [{"name": "self", "rows": len(ids)}]
     sources = open_sources(dataset)
     if tokenizer is None:
         raise CalibrationError(f"{describe_spec(dataset)} is text, but the model has no tokenizer; pass token ids")
@@ -132,15 +132,17 @@ def _rows(
         packed.append(pack_rows(source, tokenizer, num_rows=share, seq_len=seq_len, seed=seed))
         if not packed[-1].documents:
             raise CalibrationError(f"{source.name!r} holds no text; give a source with at least one non-empty row")
-    ids = torch.cat([rows.ids for rows in packed])
+    ids, mask = torch.cat([rows.ids for rows in packed]), torch.cat([rows.mask for rows in packed])
     if not len(ids):
         raise CalibrationError(
             f"{describe_spec(dataset)} has fewer than {seq_len} tokens, not enough for one row; lower seq_len or give "
             "more text"
         )
     if len(sources) > 1:
-        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
-    return ids, [
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+        ids, mask = ids[order], mask[order]
+    inputs = {"input_ids": ids} if mask.all() else {"input_ids": ids, "attention_mask": mask}
+    return inputs, [
         {"name": source.name, "weight": weight, "rows": len(rows.ids), "documents": rows.documents}
         for (source, weight), rows in zip(sources, packed, strict=True)
     ]

@@ -24,6 +24,7 @@ from hf_qep.engine.budget import bit_budget
 from hf_qep.engine.calibration import Calibration, advise
 from hf_qep.engine.curvature import OutputCurvature
 from hf_qep.engine.distillation import distill_model
+from hf_qep.engine.masks import padding_mask
 from hf_qep.engine.recipes import Recipe, uniform_recipes
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.engine.streams import StreamStore
@@ -111,7 +112,8 @@ def _begin(
     for hidden in inputs.first_hidden:
         quantized.append(hidden)
     inputs.first_hidden.clear()
-    job = Job(model, config, inputs, floats, quantized, store, report, recipes, teacher=teacher)
+    masks = [padding_mask(batch) for batch in batches]
+    job = Job(model, config, inputs, floats, quantized, store, report, masks, recipes, teacher=teacher)
     if config.tune_epochs:
         job.tuning = TuningData(structure, batches)
     if config.tune_epochs or job.distills_signs:

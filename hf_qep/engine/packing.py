@@ -1,4 +1,4 @@
-"""Documents to rows of token ids (rows, seq_len), without padding.
+"""Documents to rows of token ids (rows, seq_len).
 
 Each document is taken apart into excerpts of about one row. The first round takes one excerpt of every document, in an
 order drawn by the seed, the next round a second one of those that are longer: a book cannot fill everything, and only
@@ -7,9 +7,9 @@ as much is tokenised as the rows need. An excerpt is treated as a document of it
 Language models: excerpts are joined into one stream and cut every `seq_len` tokens. What the tokenizer adds by itself
 (BOS) opens each excerpt; if it adds nothing, EOS closes each one where the tokenizer has an EOS.
 
-Encoders (the tokenizer writes [CLS] ... [SEP]): excerpts keep both marks and are set behind each other until a row is
-full; the excerpt that does not fit is cut, closed with [SEP], and its rest opens the next row with [CLS]. Every row
-starts with [CLS] and ends with [SEP].
+Encoders (the tokenizer writes [CLS] ... [SEP]): every excerpt is a row of its own, as it is when the model is used,
+filled up with padding. One that is too long is cut, closed with [SEP], and its rest opens the next row with [CLS].
+Several texts in a row would attend to each other, which an encoder of single texts never saw.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ WORD_SEARCH = 64
 
 @dataclass(frozen=True)
 class PackedRows:
-    """ids: int64 (rows, seq_len). documents: how many documents they were taken from."""
+    """ids: int64 (rows, seq_len). mask: int64 of the same shape, 0 where a row is filled up. documents: how many
+    documents they were taken from."""
 
     ids: Tensor
+    mask: Tensor
     documents: int
 
 
@@ -57,11 +59,15 @@ def pack_rows(source: TextSource, tokenizer: Any, *, num_rows: int, seq_len: int
     marks = _Marks.of(tokenizer)
     if marks.encoder and seq_len < 3:
         raise CalibrationError(f"seq_len {seq_len} has no room for a token between [CLS] and [SEP]; use at least 3")
-    fill = _encoder_rows if marks.encoder else _stream_rows
+    fill = _encoder_rows if marks.encoder else cut_rows
     used: set[int] = set()
     tokens = _tokens(_excerpts(source, tokenizer, seq_len, seed), tokenizer, marks, used)
-    rows = list(itertools.islice(fill(tokens, seq_len, marks), num_rows))
-    return PackedRows(torch.tensor(rows, dtype=torch.long).reshape(-1, seq_len), len(used))
+    rows = list(itertools.islice(fill(tokens, seq_len), num_rows))
+    ids = torch.full((len(rows), seq_len), marks.padding, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row, dtype=torch.long), 1
+    return PackedRows(ids, mask, len(used))
 
 
 def cut_rows(sequences: Iterable[list[int]], seq_len: int) -> Iterator[list[int]]:
@@ -81,9 +87,8 @@ class _Marks:
 
     encoder: bool
     adds: bool
-    first: int
-    last: int
     eos: int | None
+    padding: int
 
     @classmethod
     def of(cls, tokenizer: Any) -> _Marks:
@@ -95,7 +100,9 @@ class _Marks:
             and first == getattr(tokenizer, "cls_token_id", None)
             and last == getattr(tokenizer, "sep_token_id", None)
         )
-        return cls(encoder, len(marked) > len(bare), first, last, getattr(tokenizer, "eos_token_id", None))
+        padding = getattr(tokenizer, "pad_token_id", None)
+        adds, eos = len(marked) > len(bare), getattr(tokenizer, "eos_token_id", None)
+        return cls(encoder, adds, eos, last if padding is None else padding)
 
 
 def _ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
@@ -173,19 +180,10 @@ def _tokens(excerpts: Iterator[_Excerpt], tokenizer: Any, marks: _Marks, used: s
             yield [*found[i], marks.eos] if closes else found[i]
 
 
-def _stream_rows(tokens: Iterator[list[int]], seq_len: int, marks: _Marks) -> Iterator[list[int]]:
-    return cut_rows(tokens, seq_len)
-
-
-def _encoder_rows(tokens: Iterator[list[int]], seq_len: int, marks: _Marks) -> Iterator[list[int]]:
-    row: list[int] = []
+def _encoder_rows(tokens: Iterator[list[int]], seq_len: int) -> Iterator[list[int]]:
     for ids in tokens:
-        rest = ids
-        while len(rest) > (room := seq_len - len(row)):
-            row += [*rest[: room - 1], marks.last]
-            yield row
-            row, rest = [], [marks.first, *rest[room - 1 :]] if room > 2 else rest
-        row += rest
-        if len(row) == seq_len:
-            yield row
-            row = []
+        if len(ids) < 3:
+            continue  # nothing between the marks
+        first, *rest, last = ids
+        for start in range(0, len(rest), seq_len - 2):
+            yield [first, *rest[start : start + seq_len - 2], last]

@@ -139,12 +139,22 @@ def test_packing_uses_every_token_of_every_document_once(word_tokenizer, documen
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(3, 20))
-def test_encoder_rows_start_with_cls_and_end_with_sep(bert_tokenizer, lengths, seq_len):
+def test_an_encoder_gets_one_text_per_row_between_its_marks(bert_tokenizer, lengths, seq_len):
     source = TextSource("list", [words(range(n)) for n in lengths])
-    ids = pack_rows(source, bert_tokenizer, num_rows=10**6, seq_len=seq_len, seed=0).ids
-    assert (ids[:, 0] == bert_tokenizer.cls_token_id).all()
-    assert (ids[:, -1] == bert_tokenizer.sep_token_id).all()
-    assert int((ids > 1).sum()) + seq_len >= sum(lengths)  # only the last, unfinished row is lost
+    rows = pack_rows(source, bert_tokenizer, num_rows=10**6, seq_len=seq_len, seed=0)
+    sizes = rows.mask.sum(1)
+    assert (rows.ids[:, 0] == bert_tokenizer.cls_token_id).all()
+    assert all(row[size - 1] == bert_tokenizer.sep_token_id for row, size in zip(rows.ids, sizes, strict=True))
+    assert all(mask[:size].all() and not mask[size:].any() for mask, size in zip(rows.mask, sizes, strict=True))
+    inner = rows.ids[rows.mask.bool()]
+    assert int((inner > 1).sum()) == sum(lengths)  # every word once
+    assert int((inner == bert_tokenizer.sep_token_id).sum()) == len(rows.ids)
+
+
+def test_rows_that_are_filled_up_come_with_their_mask(bert_tokenizer):
+    found = load([words([3] * 5), words([4] * 20)], bert_tokenizer, num_samples=2, seq_len=12)
+    assert [1] * 7 + [0] * 5 in found.inputs["attention_mask"].tolist()
+    assert found.tokens == int(found.inputs["attention_mask"].sum()) < found.inputs["input_ids"].numel()
 
 
 def test_bos_opens_each_document_and_no_eos_is_added_then(tiny_tokenizer):
