@@ -15,7 +15,7 @@ from hf_qep.formats.integer import BITS
 from hf_qep.public_names import public_name
 from hf_qep.registry import FORMATS, METHODS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever a checkpoint is written that this version could not read."""
 
 AUTO = "auto"

@@ -4,6 +4,8 @@
 
 For fixed b the rows separate into (groups x groups) systems; for fixed a one (in, in) system gives b. Each step is the
 exact minimiser, so alternating them never raises the objective.
+
+The scales of a factored weight can also be had in a two-sided metric, tr[L (Ŵ - W) H (Ŵ - W)ᵀ] with L (out, out).
 """
 
 from __future__ import annotations
@@ -54,26 +56,43 @@ def _row_scales_of_chunk(W: Tensor, T: Tensor, H: Tensor, size: int) -> Tensor:
     return torch.linalg.solve(gram, right)
 
 
-def column_scale(weight: Tensor, direction: Tensor, hessian: Tensor) -> Tensor:
-    """Best b for ŵ_ij = t_ij b_j: [(TᵀT) ∘ H] b = diag(Tᵀ W H).
+def column_scale(weight: Tensor, direction: Tensor, hessian: Tensor, output_metric: Tensor | None = None) -> Tensor:
+    """Best b for ŵ_ij = t_ij b_j: [(Tᵀ L T) ∘ H] b = diag(Tᵀ L W H).
 
-    weight, direction t = a ∘ s: (out, in) float32; hessian (in, in) positive definite. Returns (in,) float32, negative
-    where the opposite signs would be better. Raises IllConditionedError if the system cannot be solved.
+    weight, direction t = a ∘ s: (out, in) float32; hessian (in, in), output_metric L (out, out), default I: positive
+    definite. Returns (in,) float32, negative where the opposite signs would be better. Raises IllConditionedError if
+    the system cannot be solved.
     """
-    right = (direction * (weight @ hessian)).sum(0)
-    factor, _ = cholesky_damped((direction.T @ direction) * hessian, RIDGE)
-    return torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1)
+    moved = _times(output_metric, direction)
+    return _solved((direction.T @ moved) * hessian, (moved * (weight @ hessian)).sum(0))
 
 
-def middle_scale(weight: Tensor, left: Tensor, right: Tensor, hessian: Tensor) -> Tensor:
-    """Best m for Ŵ = F diag(m) G: [(FᵀF) ∘ (G H Gᵀ)] m = diag(Fᵀ W H Gᵀ).
+def coupled_row_scale(weight: Tensor, direction: Tensor, hessian: Tensor, output_metric: Tensor) -> Tensor:
+    """Best a for ŵ_ij = a_i t_ij where L couples the rows: [(T H Tᵀ) ∘ L] a = diag(L W H Tᵀ).
 
-    weight (out, in), left F (out, rank), right G (rank, in), hessian (in, in). Returns (rank,) float32.
-    Raises IllConditionedError if the system cannot be solved.
+    Shapes, sign and errors as in `column_scale`; returns (out,).
     """
-    projected = right @ hessian
-    system = (left.T @ left) * (projected @ right.T)
-    target = ((left.T @ weight) * projected).sum(1)
+    moved = direction @ hessian
+    return _solved((moved @ direction.T) * output_metric, ((output_metric @ weight) * moved).sum(1))
+
+
+def middle_scale(
+    weight: Tensor, left: Tensor, right: Tensor, hessian: Tensor, output_metric: Tensor | None = None
+) -> Tensor:
+    """Best m for Ŵ = F diag(m) G: [(Fᵀ L F) ∘ (G H Gᵀ)] m = diag(Fᵀ L W H Gᵀ).
+
+    weight (out, in), left F (out, rank), right G (rank, in), hessian (in, in), output_metric L (out, out), default I.
+    Returns (rank,) float32. Raises IllConditionedError if the system cannot be solved.
+    """
+    moved, projected = _times(output_metric, left), right @ hessian
+    return _solved((left.T @ moved) * (projected @ right.T), ((moved.T @ weight) * projected).sum(1))
+
+
+def _times(metric: Tensor | None, matrix: Tensor) -> Tensor:
+    return matrix if metric is None else metric @ matrix
+
+
+def _solved(system: Tensor, target: Tensor) -> Tensor:
     factor, _ = cholesky_damped(system, RIDGE)
     return torch.cholesky_solve(target.unsqueeze(1), factor).squeeze(1)
 

@@ -1,6 +1,6 @@
 """Two sign matrices through a rank: any budget of bits, ahead of plain signs where the weighted matrix has structure.
 
-ADMM finds the signs in the diagonal metric; exact refits give the scales in the full metric of the Hessian.
+ADMM finds the signs and exact refits the scales, both in the full metric of the Hessian.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ITERATIONS = 200
 """100 leave 5 per cent more error on real layers, 300 take 2 per cent off, at cost in proportion."""
 REFITS = 3
 MOST_BITS = 2.5
-STEP, WIDE_STEP = 8, 32
-"""Ranks are multiples of WIDE_STEP, the width of a packed word, from 2 * WIDE_STEP on, and of STEP below."""
+STEP = factored.OCTET
+"""Between ranks: a row of signs is stored in whole bytes."""
 
 
 def spec(bits: float, group_size: int | None, out_features: int, in_features: int) -> factored.Spec:
@@ -34,22 +34,31 @@ def spec(bits: float, group_size: int | None, out_features: int, in_features: in
     if not 0 < bits <= MOST_BITS:
         raise BitsError(f"method `factored` serves more than 0 and up to {MOST_BITS} bits per weight, not {bits:g}")
     weights = out_features * in_features
-    fitting = [r for r in _ranks(out_features, in_features) if _stored(r, out_features, in_features) <= bits * weights]
+    fitting = [r for r in ranks(out_features, in_features) if _stored(r, out_features, in_features) <= bits * weights]
     if not fitting:
-        least = min(_stored(r, out_features, in_features) for r in _ranks(out_features, in_features)) / weights
+        least = min(_stored(r, out_features, in_features) for r in ranks(out_features, in_features)) / weights
         raise BitsError(
             f"a {out_features}x{in_features} layer takes at least {least:.3f} bits per weight with method `factored` "
             f"(scales and padding included), not {bits:g}; raise bits or leave the layer out with skip_modules"
         )
-    return factored.Spec(rank=fitting[-1])
+    return factored.without_padding(fitting[-1])
 
 
-def solve(problem: LayerProblem) -> dict[str, Tensor]:
-    """Parts of format `factored`. Raises IllConditionedError if the damped Hessian has no Cholesky factor."""
+def ranks(out_features: int, in_features: int) -> list[int]:
+    """Ranks worth storing: three times the full rank takes more bits than any budget served here."""
+    return list(range(STEP, max(3 * max(out_features, in_features), STEP) + 1, STEP))
+
+
+def solve(problem: LayerProblem, *, iterations: int = ITERATIONS) -> dict[str, Tensor]:
+    """Parts of format `factored`. iterations: ADMM steps.
+
+    Raises IllConditionedError if the damped Hessian has no Cholesky factor.
+    """
     _, H = cholesky_damped(problem.hessian, problem.damping)
     rank, generator = problem.spec.rank, problem.generator
-    found = factorise(problem.weight, H.diagonal(), rank, iterations=ITERATIONS, generator=generator)
-    found = balance(refit(found, problem.weight, H, rounds=REFITS))
+    L = None if problem.output_metric is None else problem.output_metric.to(H)
+    found = factorise(problem.weight, H, rank, iterations=iterations, generator=generator, output_metric=L)
+    found = balance(refit(found, problem.weight, H, rounds=REFITS, output_metric=L))
     return {
         "left": found.left,
         "right": found.right,
@@ -61,11 +70,5 @@ def solve(problem: LayerProblem) -> dict[str, Tensor]:
     }
 
 
-def _ranks(out_features: int, in_features: int) -> list[int]:
-    """Ranks worth storing: three times the full rank takes more bits than any budget served here."""
-    most = 3 * max(out_features, in_features)
-    return [*range(STEP, 2 * WIDE_STEP, STEP), *range(2 * WIDE_STEP, most + 1, WIDE_STEP)]
-
-
 def _stored(rank: int, out_features: int, in_features: int) -> int:
-    return factored.stored_bits(factored.Spec(rank=rank), out_features, in_features)
+    return factored.stored_bits(factored.without_padding(rank), out_features, in_features)

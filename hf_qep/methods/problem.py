@@ -25,6 +25,9 @@ class LayerProblem:
     """Ridge in units of the mean of diag H."""
     generator: torch.Generator
     """CPU generator, seeded from the job's seed and the layer's name."""
+    output_metric: Tensor | None = None
+    """(out, out) float32, damped: L of tr(L (W - What) H (W - What)^T), None is the identity. Only a method whose rows
+    share something has a use for it."""
 
 
 def require_one_bit(method: str, bits: float) -> None:

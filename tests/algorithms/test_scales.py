@@ -10,13 +10,14 @@ from hf_qep.algorithms.rtn import group_means
 from tests.algorithms.problems import correlated_problem, objective, plus_minus
 
 
-def gradient_share(build, free, weight, hessian):
+def gradient_share(build, free, weight, hessian, output_metric=None):
     """Gradient of the objective with respect to `free` at the answer, relative to the gradient at zero."""
+    output_metric = torch.eye(len(weight)) if output_metric is None else output_metric
 
     def gradient(at):
         at = at.double().requires_grad_()
         difference = build(at) - weight.double()
-        ((difference @ hessian.double()) * difference).sum().backward()
+        ((output_metric.double() @ difference @ hessian.double()) * difference).sum().backward()
         return at.grad.norm()
 
     return (gradient(free.clone()) / gradient(torch.zeros_like(free))).item()
@@ -54,6 +55,26 @@ def test_middle_scale_is_a_stationary_point():
     left, right = torch.randn(9, 5), torch.randn(5, 16)
     found = scales.middle_scale(weight, left, right, hessian)
     assert gradient_share(lambda m: (left.double() * m) @ right.double(), found, weight, hessian) < 1e-3
+
+
+def test_scales_in_a_two_sided_metric_are_stationary_points():
+    weight, hessian = correlated_problem(9, 16)
+    _, output_metric = correlated_problem(1, 9, seed=1)
+    left, right = torch.randn(9, 5), torch.randn(5, 16)
+    direction = plus_minus(weight >= 0) * torch.rand(9, 1)
+    found = scales.column_scale(weight, direction, hessian, output_metric)
+    assert gradient_share(lambda b: direction.double() * b, found, weight, hessian, output_metric) < 1e-3
+    found = scales.coupled_row_scale(weight, direction, hessian, output_metric)
+    assert gradient_share(lambda a: a[:, None] * direction.double(), found, weight, hessian, output_metric) < 1e-3
+    found = scales.middle_scale(weight, left, right, hessian, output_metric)
+    assert gradient_share(lambda m: (left.double() * m) @ right.double(), found, weight, hessian, output_metric) < 1e-3
+
+
+def test_a_diagonal_output_metric_leaves_row_scales_alone():
+    weight, hessian = correlated_problem(6, 12)
+    direction = plus_minus(weight >= 0)
+    found = scales.coupled_row_scale(weight, direction, hessian, torch.diag(torch.rand(6) + 0.1))
+    torch.testing.assert_close(found, scales.row_scales(weight, direction, hessian).squeeze(1), rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)

@@ -109,7 +109,7 @@ def test_a_truncated_file_is_refused(damaged: Callable) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "told"),
     [
-        (lambda c: c.update(format_version=2), FormatVersionError, "pip install --upgrade hf-qep"),
+        (lambda c: c.update(format_version=99), FormatVersionError, "pip install --upgrade hf-qep"),
         (lambda c: c["layers"][0].update(format="ternary"), UnknownNameError, "unknown format `ternary`"),
         (lambda c: c["layers"][0].update(tiles=4), CheckpointError, "do not fit format `sign`"),
         (
