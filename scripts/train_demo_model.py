@@ -3,10 +3,12 @@
     python scripts/train_demo_model.py prepare --books books-train.parquet --work WORK
     python scripts/train_demo_model.py train --work WORK --minutes 95 [--device cuda]
     python scripts/train_demo_model.py export --work WORK --out hf_qep/demo_model
+    python scripts/train_demo_model.py clean --books books-valid.parquet --out held-out.jsonl
 
-`prepare` trains a byte-level BPE tokenizer and writes the corpus as one token array.  `train` may be stopped and
-started again: it continues from WORK/state.pt.  The schedule is warm-up, constant, linear decay over *time*, because
-the recipe is "as strong as so many minutes of this machine allow"; WORK/log.jsonl records what was really done.
+`prepare` trains a byte-level BPE tokenizer and writes the corpus as one token array; `clean` writes other books in the
+form of the training text, one per line, to measure on.  `train` may be stopped and started again: it continues from
+WORK/state.pt.  The schedule is warm-up, constant, linear decay over *time*, because the recipe is "as strong as so many
+minutes of this machine allow"; WORK/log.jsonl records what was really done.
 The matrices of the blocks are trained by Muon (orthogonalised momentum, Keller Jordan 2024), in float32 because the
 bfloat16 Newton-Schulz iteration of torch.optim.Muon is slower than the model on CPUs without bfloat16 units.
 """
@@ -77,6 +79,15 @@ def prepare(args: argparse.Namespace) -> None:
         tokenizer_object=tokenizer, pad_token=SPECIAL[PAD], bos_token=SPECIAL[BOS], eos_token=SPECIAL[EOS]
     ).save_pretrained(args.work / "tokenizer")
     print(f"{len(tokens) / 1e6:.1f} M tokens")
+
+
+def clean_books(args: argparse.Namespace) -> None:
+    import pyarrow.parquet as pq
+
+    texts = [
+        clean(row["text"]) for row in pq.read_table(args.books).to_pylist() if year_of(row["text"]) >= EARLIEST_YEAR
+    ]
+    args.out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 def build_model() -> torch.nn.Module:
@@ -209,8 +220,14 @@ def export(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(required=True)
-    for function, flags in ((prepare, ["books", "work"]), (train, ["work"]), (export, ["work", "out"])):
-        p = sub.add_parser(function.__name__)
+    commands = {
+        "prepare": (prepare, ["books", "work"]),
+        "train": (train, ["work"]),
+        "export": (export, ["work", "out"]),
+        "clean": (clean_books, ["books", "out"]),
+    }
+    for name, (function, flags) in commands.items():
+        p = sub.add_parser(name)
         for flag in flags:
             p.add_argument(f"--{flag}", type=Path, required=True)
         if function is train:

@@ -1,12 +1,14 @@
 """Local task files and the prompt forms they are asked in.
 
-A task is a parquet, jsonl, json or csv file. Its columns decide how it is read:
+A task is a parquet, jsonl, json or csv file, or plain text. Its columns decide how it is read:
 
   query, choices, gold                     pick the continuation of `query`; `gold` is a position in `choices`
   context_options, continuation, gold      pick the context under which `continuation` is likelier (WinoGrande)
   context, continuation                    predict `continuation` word for word (LAMBADA); chance is taken as 0
   good, bad                                prefer the acceptable sentence of a minimal pair (BLiMP)
   question, choice0, choice1, ..., label   Japanese question, answer after it (JCommonsenseQA)
+  text                                     pick the last words of the sentences of this text; so is a txt file read
+                                           (hf_qep.evaluation.cloze)
 
 The prompt form is reported as `own:<task>`, because scores depend on it: these forms are not those of lm_eval's
 built-in tasks of the same names, and their scores must not be compared with theirs.
@@ -23,6 +25,7 @@ from typing import Any, Literal
 
 from hf_qep import extras
 from hf_qep.errors import ConfigError, UnknownNameError
+from hf_qep.evaluation.cloze import cloze_rows
 
 Row = dict[str, Any]
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
@@ -145,9 +148,12 @@ def load_task(name: str, path: Path, *, limit: int | None = None, seed: int = 0)
 
     limit: score so many items, drawn without replacement with `seed` and kept in file order (files are often sorted
     by topic, so the first items would be one topic).
+    seed: also draws the options of the items that are made of plain text.
     Raises ConfigError if the file is missing, empty, of an unknown layout or holds an impossible `gold`.
     """
     rows = read_rows(path)
+    if _is_text(rows[0]):
+        rows = cloze_rows([row["text"] for row in rows], seed=seed)
     total = len(rows)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} must be at least 1")
@@ -167,7 +173,10 @@ def load_task(name: str, path: Path, *, limit: int | None = None, seed: int = 0)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a parquet, jsonl, json or csv file. Raises ConfigError if it is missing, unreadable or empty."""
+    """Rows of a parquet, jsonl, json or csv file; a txt file is one row with the column `text`.
+
+    Raises ConfigError if it is missing, unreadable or empty.
+    """
     if not path.is_file():
         raise ConfigError(f"the task file {path.name!r} does not exist; give NAME=FILE or --tasks-dir FOLDER")
     if path.suffix == ".parquet":
@@ -178,11 +187,18 @@ def read_rows(path: Path) -> list[Row]:
         rows = json.loads(path.read_text(encoding="utf-8"))
     elif path.suffix == ".csv":
         rows = extras.require("eval", "pyarrow.csv").read_csv(path).to_pylist()
+    elif path.suffix == ".txt":
+        rows = [{"text": path.read_text(encoding="utf-8")}]
     else:
-        raise ConfigError(f"the task file {path.name!r} has an unknown type; use one of {', '.join(SUFFIXES)}")
+        raise ConfigError(f"the task file {path.name!r} has an unknown type; use one of {', '.join(SUFFIXES)} or .txt")
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
         raise ConfigError(f"the task file {path.name!r} holds no rows")
     return rows
+
+
+def _is_text(row: Row) -> bool:
+    """Whether the rows are plain text: they may have other columns (path, title), but those of no task."""
+    return isinstance(row.get("text"), str) and not any(form.columns <= row.keys() for form in FORMS.values())
 
 
 def _form_of(name: str, row: Row, path: Path) -> str:
