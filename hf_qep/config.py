@@ -22,8 +22,8 @@ AUTO = "auto"
 """No method of its own, but the choice of `sign` or `factored` for each linear."""
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"num_samples": 128, "tune_epochs": 0, "distill_epochs": 0},
-    "balanced": {"num_samples": 128, "tune_epochs": 0, "distill_epochs": 8},
-    "best": {"num_samples": 512, "tune_epochs": 4, "distill_epochs": 16},
+    "balanced": {"num_samples": 512, "tune_epochs": 0, "distill_epochs": 2},
+    "best": {"num_samples": 2048, "tune_epochs": 0, "distill_epochs": 4},
 }
 """Effort -> what it sets, unless it is given. Without one they are as for "fast"."""
 SIGNS_THAT_TRAIN = 10**9
@@ -53,9 +53,9 @@ class QepConfig(QuantizationConfigMixin):
             calibration tokens are not fitted more closely than they deserve.
         dataset: calibration data: Hub id, file, list of strings, token tensor, weighted mix or chat messages; None
             samples text from the model itself.
-        effort: how much time to spend: "fast" solves each layer, "balanced" also trains the whole model towards the
-            float one for 8 passes over the calibration rows, "best" takes four times the rows, trains each block, and
-            the whole model for 16 passes. Sets num_samples, tune_epochs and distill_epochs where they are not given.
+        effort: how much time to spend: "fast" solves each layer from 128 rows; "balanced" takes 512 and also trains the
+            whole model towards the float one for 2 passes over them; "best" takes 2,048 rows and 4 passes. Sets
+            num_samples, tune_epochs and distill_epochs where they are not given.
         num_samples, seq_len: calibration rows (default 128) and tokens per row.
         batch_size: rows per forward pass while calibrating.
         skip_modules: names of modules that stay float, besides the embeddings and the head.

@@ -173,7 +173,7 @@ def run_command(
     words = ["none"] if tasks == "none" else (tasks.split(",") if tasks else list(recipe.tasks))
     quantize = ["quantize", source, "--out", str(out), "--bits", f"{recipe.bits:g}", "--method", recipe.method]
     quantize += ["--dataset", dataset or recipe.dataset, "--num-samples", str(num_samples or recipe.num_samples)]
-    quantize += ["--seq-len", str(seq_len or recipe.seq_len), "--device", device]
+    quantize += ["--seq-len", str(seq_len or recipe.seq_len), "--device", device, "--effort", "fast"]
     quantize += ["--revision", pin] if pin else []
     evaluate = ["eval", str(out), "--text", text or recipe.held_out, "--device", device, "--speed"]
     evaluate += [] if words == ["none"] else ["--tasks", ",".join(words)]

@@ -39,7 +39,7 @@ def publish(
     baseline: Annotated[str | None, typer.Option(help="Folder of the float model, if its id cannot be had.")] = None,
     method: Annotated[str, typer.Option(help="As in hf-qep quantize.")] = "sign",
     bits: Annotated[float, typer.Option(help="As in hf-qep quantize.")] = 1.0,
-    tune_epochs: Annotated[int, typer.Option(help="As in hf-qep quantize.")] = 0,
+    effort: Annotated[str, typer.Option(help="As in hf-qep quantize.")] = "balanced",
     dataset: Annotated[str | None, typer.Option(help="Calibration text. Left out: the model writes its own.")] = None,
     num_samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 512,
@@ -52,7 +52,7 @@ def publish(
     title = name or f"{Path(model).name}-QEP-1bit"
     folder, repo = work / title, f"{namespace}/{title}"
     quantize = ["quantize", model, "--out", str(folder), "--method", method, "--bits", f"{bits:g}"]
-    quantize += ["--num-samples", str(num_samples), "--seq-len", str(seq_len), "--tune-epochs", str(tune_epochs)]
+    quantize += ["--num-samples", str(num_samples), "--seq-len", str(seq_len), "--effort", effort]
     quantize += ["--dataset", dataset] if dataset else []
     measured_on = ["--text", text] if text else []
     against = ["--baseline", baseline] if baseline else []

@@ -41,7 +41,9 @@ def demo_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for one checkpoint per method.")] = Path("demo-out"),
     num_samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 256,
-    effort: Annotated[str, typer.Option(help="Effort of one more run of the last method; fast: none.")] = "balanced",
+    distill_epochs: Annotated[
+        int, typer.Option(help="Passes of training at the end of one more run of the last method; 0: none.", min=0)
+    ] = 8,
     quiet: output.QuietOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
@@ -54,8 +56,8 @@ def demo_command(
     torch.set_num_threads(1)  # so small a model gains nothing from two, and on a busy machine took eight times longer
     rows = {"dataset": dataset, "num_samples": num_samples, "seq_len": seq_len}
     configs = {m: QepConfig(method=m, **rows) for m in method}
-    if effort != "fast":
-        configs[f"{method[-1]}-{effort}"] = QepConfig(method=method[-1], effort=effort, **rows)
+    if distill_epochs:
+        configs[f"{method[-1]}-distilled"] = QepConfig(method=method[-1], distill_epochs=distill_epochs, **rows)
     result = run_demo(configs, text or HELD_OUT, out, quiet=quiet or as_json)
     result["seconds"] = round(time.monotonic() - began, 1)
     if as_json:

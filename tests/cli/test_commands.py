@@ -72,6 +72,7 @@ def test_defaults_of_quantize_are_those_of_the_config():
     config = inspect.signature(QepConfig).parameters
     shared = {p.name: p.default for p in GROUP.get_command(None, "quantize").params if p.name in config}
     assert {"bits", "method", "propagation", "damping", "seed"} <= shared.keys()
+    assert shared.pop("effort") == "balanced"  # from_pretrained shall not train for hours unless it is asked to
     assert shared == {name: config[name].default for name in shared}
 
 

@@ -135,15 +135,15 @@ def demo_result(tmp_path_factory, float_folder, text_file):
         patch.setattr(demo, "DEMO_MODEL", float_folder)
         patch.setattr(demo, "WINDOW", 32)
         patch.setattr(demo, "NEW_TOKENS", 8)
-        words = ("--method", "rtn", "--method", "onebit", "--text", text_file, "--out", out, *SMALL)
-        result = run("demo", *words, "--json")
+        words = ("--method", "rtn", "--method", "onebit", "--distill-epochs", 1, "--text", text_file)
+        result = run("demo", *words, "--out", out, *SMALL, "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     return out, json.loads(result.stdout)
 
 
 def test_demo_compares_the_float_model_and_every_method(demo_result):
     _, said = demo_result
-    assert [row["name"] for row in said["rows"]] == ["float", "rtn", "onebit", "onebit-balanced"]
+    assert [row["name"] for row in said["rows"]] == ["float", "rtn", "onebit", "onebit-distilled"]
     base, *others = said["rows"]
     assert (base["bits_linear"], base["kl"], base["top1_agreement"]) == (16, 0, 1)
     for row in others:

@@ -99,7 +99,7 @@ def test_tuned_blocks_are_trained_on_from_where_they_are(monkeypatch):
     tuned, trained = sharpened(), sharpened()
     _, report = run(tuned, tune_epochs=2, distill_epochs=0)
     assert any(t.flips for t in report.tuning)
-    monkeypatch.setattr(trainable, "SIGN_RATE", 50.0)
+    monkeypatch.setattr(trainable, "SIGN_RATE", 5000.0)
     _, report = run(trained, tune_epochs=2, distill_epochs=1)
     assert report.distillation.epoch == 0
     before, after = tensors(tuned), tensors(trained)
@@ -122,7 +122,7 @@ def test_the_same_seed_gives_the_same_bytes_and_the_callers_randomness_is_left_a
 def test_training_that_makes_the_held_out_rows_worse_is_not_kept(monkeypatch):
     plain, wild = sharpened("gpt2"), sharpened("gpt2")
     run(plain, "gpt2", FEW, distill_epochs=0)
-    monkeypatch.setattr(trainable, "SIGN_RATE", 50.0)
+    monkeypatch.setattr(trainable, "SIGN_RATE", 5000.0)
     monkeypatch.setattr(trainable, "SCALE_RATE", 20.0)
     _, report = run(wild, "gpt2", FEW)
     found = report.distillation

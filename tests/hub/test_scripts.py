@@ -33,7 +33,7 @@ def test_from_a_float_model_to_a_repository_that_verifies_and_a_running_space(lo
     original = files_of(ROOT / "hf_qep" / "demo_model")
     original.pop("README.md")
     loopback_hub.add_repo("acme/demo", files=original, card=card)
-    small = ("--num-samples", 16, "--seq-len", 128)
+    small = ("--num-samples", 16, "--seq-len", 128, "--effort", "fast")
     done = run_script(
         loopback_hub, "publish.py", "acme/demo", "--namespace", "alice", "--work", tmp_path / "work", *small
     )

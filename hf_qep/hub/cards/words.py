@@ -191,11 +191,13 @@ def quantise_command(facts: CardFacts) -> Markdown:
     options["dataset"] = dataset(facts)
     options |= {key: recipe.get(key) for key in ("num_samples", "seq_len", "batch_size", "propagation", "damping")}
     options["seed"] = recipe.get("seed")
-    if recipe.get("tune_epochs"):
-        options |= {key: recipe.get(key) for key in ("tune_epochs", "tune_lookahead")}
+    options |= {key: recipe.get(key) or 0 for key in ("tune_epochs", "distill_epochs")}  # the default effort trains
+    options |= {key: recipe.get(key) for key in ("tune_lookahead", "max_memory", "embedding_bits", "head_bits")}
     for key, value in options.items():
         if value is not None:
             arguments += [f"--{key.replace('_', '-')}", value]
+    if recipe.get("distill_signs") is not None:
+        arguments.append("--distill-signs" if recipe["distill_signs"] else "--no-distill-signs")
     if recipe.get("residual") is False:
         arguments.append("--no-residual")
     skipped = recipe.get("skip_modules")
