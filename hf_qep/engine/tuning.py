@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hf_qep.algorithms.distillation import NORM_EPS
 from hf_qep.architectures.parts import Block, Structure
 from hf_qep.architectures.skeleton import forward_block, forward_rest, run_block
-from hf_qep.distill.trainable import SCALE_RATE, SIGN_RATE, vectors
+from hf_qep.distill.trainable import SCALE_RATE, vectors
 from hf_qep.distill.tuned_linear import TunedLinear
 from hf_qep.engine.report import BlockTuning
 from hf_qep.engine.seeds import derived_seed
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = 8
 """One batch in so many is not trained on."""
+SIGN_RATE = 1e-2
+"""Adam's steps of latents, in units of their scale."""
 BETAS = (0.9, 0.95)
 STEP_TOKENS = 256
 """Tokens per step, about: many small steps turn more signs for the better than few large ones, at the same cost, until
