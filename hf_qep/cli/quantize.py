@@ -156,7 +156,7 @@ def _show(result: dict[str, Any], quiet: bool) -> None:
     }
     output.print_facts(result["out"], facts)
     if not quiet and result["best_would_take_times"]:
-        minutes = result["best_would_take_times"] * result["seconds"] / 60
-        output.note(f"This was --effort {result['effort']}; best would take about {minutes:.1g} minutes.")
+        minutes = max(1, round(result["best_would_take_times"] * result["seconds"] / 60))
+        output.note(f"This was --effort {result['effort']}; best would take about {minutes} min on this machine.")
     if not quiet:
         output.note(f"What was lost is not measured yet: hf-qep eval {result['out']} --baseline {result['model']}")
