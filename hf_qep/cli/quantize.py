@@ -103,7 +103,7 @@ def _quantize(
     """The config that was used, the finished job, and how many times as much work the best effort would have been."""
     from hf_qep.cli.job import quantize_and_save
     from hf_qep.config import EFFORTS, QepConfig
-    from hf_qep.engine.plan import plan_quantization
+    from hf_qep.engine.plan import count_operations
     from hf_qep.engine.source import load_float_model, resolve_model
 
     config = QepConfig(**recipe)
@@ -113,8 +113,7 @@ def _quantize(
     best = None
     if config.effort != "best":
         better = QepConfig(**recipe | dict.fromkeys(EFFORTS["best"]) | {"effort": "best"})
-        plans = [plan_quantization(float_model.config, wanted, dtype=stored_as) for wanted in (better, config)]
-        best = plans[0].operations / plans[1].operations
+        best = count_operations(float_model, better) / count_operations(float_model, config)
     saved = quantize_and_save(
         float_model.to(device=place, dtype=compute_as),
         tokenizer,

@@ -7,6 +7,7 @@ seconds are these over a rate that the caller measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def plan_quantization(
     rest_bytes = float_bytes - (weights + sum(t.rows * t.columns for t in tables)) * dtype.itemsize
     tokens = recipe.num_samples * recipe.seq_len
     members = len(model.get_submodule(chain))
-    operations = _operations(linears, tokens, recipe) + _training_operations(model, weights, members, tokens, recipe)
+    operations = count_operations(model, recipe)
     return Plan(
         parameters=parameters,
         quantized_weights=weights,
@@ -112,6 +113,17 @@ def plan_quantization(
         blocks=members,
         kept=_largest_kept(model, {ref.name for ref in linears} | {name for t in tables for name in t.names}),
     )
+
+
+def count_operations(model: nn.Module, recipe: QepConfig) -> float:
+    """Floating-point operations of quantising a model, which may be loaded or on meta; see `Plan.operations`.
+
+    Raises ArchitectureError if the model has no chain of blocks.
+    """
+    chain = _chain(model)
+    linears, tokens = _quantized(model, chain, recipe.skip_modules or ()), recipe.num_samples * recipe.seq_len
+    weights, members = sum(math.prod(ref.shape) for ref in linears), len(model.get_submodule(chain))
+    return _operations(linears, tokens, recipe) + _training_operations(model, weights, members, tokens, recipe)
 
 
 def _linear_bits(model: nn.Module, linears: Sequence[LinearRef], tables: Sequence[Table], recipe: QepConfig) -> int:
