@@ -15,7 +15,7 @@ from torch import Tensor
 
 _TINY = 1e-6
 NORM_EPS = 1e-6
-"""As in the norms of transformers: keeps the relative error of a token finite that is zero."""
+"""As in the norms of transformers: keeps what is relative to a token's size finite where the token is zero."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,16 @@ class StopForward(Exception):
     """Raised to end a forward pass early; whoever raises it on purpose also catches it."""
 
 
+def collect_outputs(outputs: dict[LinearRef, Tensor]) -> Callable[[LinearRef, Tensor], Tensor]:
+    """An `on_output` that puts outputs into the dict so that gradients can be taken at them."""
+
+    def keep(ref: LinearRef, output: Tensor) -> Tensor:
+        outputs[ref] = output if output.requires_grad else output.requires_grad_()
+        return output if output.grad_fn is not None else output.clone()
+
+    return keep
+
+
 class LinearObserver(TorchFunctionMode):
     """While active, calls `callback(ref, x)` before each product x W^T with one of `weights`; x (..., in_features).
 

@@ -129,10 +129,9 @@ def run_comparison(
     """Quantise a copy of `float_model` by each config and measure it; one JSON-able row per config, in order.
 
     float_model: is not changed; it and one copy are in memory at a time.
-    Every row has the recipe (method, bits, group_size, propagation, residual, damping, tune_epochs,
-    distill_epochs), `status` ("ok" or
-    "impossible"), `reason`, bits_linear, bits_model, weight_bytes, seconds (of quantising), mean_error (relative
-    layer error on the calibration rows), and measurements {value, stderr, n}: for language models kl,
+    Every row has the recipe (method, bits, group_size, propagation, residual, damping, tune_epochs, distill_epochs),
+    `status` ("ok" or "impossible"), `reason`, bits_linear, bits_model, weight_bytes, seconds (quantising), mean_error
+    (relative layer error on the calibration rows), and measurements {value, stderr, n}: for language models kl,
     top1_agreement, perplexity, float_perplexity, bits_per_byte; for encoders cosine_distance, neighbour_overlap;
     `tasks` maps "task/score" to {float, quantized, retention}. What does not apply is None. A recipe that cannot be
     had (ConfigError, BitsError) becomes a row whose `reason` says why.

@@ -7,13 +7,14 @@ precision choose what it computes in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_qep.distill.tuned_linear import TunedLinear
+from hf_qep.distill.tuned_linear import TunedLinear, share_of_flips
 from hf_qep.modules import PackedTensors, QepLinear, packed_modules, replace_module
 
 SIGN_RATE, FACTOR_RATE, SCALE_RATE = 0.64, 1e-2, 3e-3
@@ -21,6 +22,9 @@ SIGN_RATE, FACTOR_RATE, SCALE_RATE = 0.64, 1e-2, 3e-3
 update parametrisation (arXiv 2203.03466): the wider a layer, the more of its signs turn by chance. Of latents of two
 matrices whose product is the weight: as it is (0.158 instead of 0.184 on the bundled model). Of everything else
 relative to its size."""
+BETAS = (0.9, 0.95)
+HELD_OUT = 8
+"""One row, or batch, in so many is not trained on."""
 
 
 class Trainable:
@@ -28,17 +32,13 @@ class Trainable:
 
     model: packed and float32; changed until `finish`. latents: linear -> latents of its sign matrices (see
     `tuned_linear.latents_of`); signs of linears that it does not name stay as they are, and only their scales train.
-    Nothing else of the model asks for a gradient until `finish`.
+    Use it inside `nothing_else_trains`.
     """
 
     def __init__(self, model: nn.Module, latents: Mapping[str, dict[str, Tensor]]) -> None:
-        self.model, self._before = model, [p for p in model.parameters() if p.requires_grad]
-        for parameter in self._before:
-            parameter.requires_grad_(False)
-        packed = packed_modules(model)
-        self.packed = {name: m for name, m in packed.items() if isinstance(m, QepLinear) and name in latents}
-        self.linears = {name: TunedLinear(module, latents[name]) for name, module in self.packed.items()}
-        self.start = {name: {k: v >= 0 for k, v in latents[name].items()} for name in self.linears}
+        self.model, self.start, packed = model, latents, packed_modules(model)
+        signed = {name: m for name, m in packed.items() if isinstance(m, QepLinear) and name in latents}
+        self.linears = {name: TunedLinear(module, latents[name]) for name, module in signed.items()}
         self.scaled = [m for name, m in packed.items() if name not in self.linears and _has_scales(m)]
         self.vectors = vectors(model)
         for vector in self.vectors:
@@ -57,24 +57,15 @@ class Trainable:
             groups.append({"params": list(module.scales.values()), "lr": SCALE_RATE})
         biases = [m.bias for m in self.linears.values() if m.bias is not None]
         scales = [p for m in self.scaled for p in m.parameters() if p.requires_grad]
-        return groups + [{"params": [p], "lr": SCALE_RATE * _size(p)} for p in (*scales, *biases, *self.vectors)]
+        return groups + [{"params": [p], "lr": SCALE_RATE * typical_size(p)} for p in (*scales, *biases, *self.vectors)]
 
     def parameters(self) -> list[nn.Parameter]:
         """All that trains, in a fixed order."""
         return [p for group in self.groups() for p in group["params"]]
 
-    def latents(self) -> list[nn.Parameter]:
-        """The latents of all sign matrices."""
-        return [p for module in self.linears.values() for p in module.latents.values()]
-
     def flips(self) -> float:
         """Share of the signs that are not as at the start; 0 if none trains."""
-        pairs = [
-            (latent >= 0, self.start[name][key])
-            for name, module in self.linears.items()
-            for key, latent in module.latents.items()
-        ]
-        return sum((now != then).sum().item() for now, then in pairs) / max(1, sum(now.numel() for now, _ in pairs))
+        return share_of_flips(self.linears, self.start)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -84,9 +75,20 @@ class Trainable:
         for module in self.scaled:
             for name, tensor in module.packed_state().items():
                 setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-        for vector in self.vectors:
-            vector.requires_grad_(False)
-        for parameter in self._before:
+
+
+@contextmanager
+def nothing_else_trains(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient while the body runs, but those that it sets; all are as before afterwards."""
+    before = [p for p in model.parameters() if p.requires_grad]
+    for parameter in before:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in before:
             parameter.requires_grad_(True)
 
 
@@ -101,5 +103,6 @@ def _has_scales(module: PackedTensors) -> bool:
     return any(tensor.is_floating_point() for tensor in module.tensors().values())
 
 
-def _size(parameter: Tensor) -> float:
+def typical_size(parameter: Tensor) -> float:
+    """Root of the mean square; 1 if all are 0. What the step of a parameter is relative to."""
     return parameter.detach().square().mean().sqrt().item() or 1.0

@@ -63,9 +63,8 @@ class QepDistillTrainer(Trainer):
         if not self.dropout:
             model.eval()
         output = model(**inputs)
-        loss = self._said(inputs).loss(output, slice(None), mask) if rows is None else None
-        if loss is None:
-            loss = self.teacher.loss(output, rows, mask)
+        said, rows = (self._said(inputs), slice(None)) if rows is None else (self.teacher, rows)
+        loss = said.loss(output, rows, mask)
         return (loss, output) if return_outputs else loss
 
     def _said(self, inputs: dict[str, Any]) -> Teacher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,3 +58,9 @@ class TunedLinear(nn.Module):
         if self.bias is not None:
             packed.bias.data.copy_(self.bias)
         return packed
+
+
+def share_of_flips(linears: Mapping[str, TunedLinear], before: Mapping[str, Mapping[str, Tensor]]) -> float:
+    """Share of the signs that are not those of the latents `before`, by linear and matrix; 0 if there are none."""
+    pairs = [(u >= 0, before[name][key] >= 0) for name, linear in linears.items() for key, u in linear.latents.items()]
+    return sum((now != then).sum().item() for now, then in pairs) / max(1, sum(now.numel() for now, _ in pairs))

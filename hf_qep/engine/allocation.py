@@ -25,7 +25,7 @@ from hf_qep.architectures.skeleton import BlockInputs, run_block
 from hf_qep.config import QepConfig
 from hf_qep.engine.budget import choices
 from hf_qep.engine.recipes import Recipe
-from hf_qep.engine.seeds import derived_seed
+from hf_qep.engine.seeds import layer_seed
 from hf_qep.engine.sensitivity import Sensitivity, output_sensitivity
 from hf_qep.errors import NonFiniteError
 from hf_qep.methods import factored, sign
@@ -133,7 +133,7 @@ class _Problem:
         self.ref, self.weight = ref, get_weight(model, ref).float()
         self.hessian, self.metric, self.outputs = solved.hessian(), measured.hessian(), outputs.to(self.weight)
         self.damping = ridge(config.damping, ref.in_features, solved.count)
-        self.seed = derived_seed(config.seed, ref.name, ref.expert)
+        self.seed = layer_seed(config.seed, ref)
 
     def errors(self, bits: float) -> list[float]:
         """Error of every choice, in nats per place of prediction; 0 for an expert that no measured token reaches.

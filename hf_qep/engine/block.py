@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_qep.algorithms.distillation import NORM_EPS
 from hf_qep.algorithms.moments import Moments, ridge
 from hf_qep.algorithms.qep import correct_output
 from hf_qep.architectures.access import get_bias, get_weight
@@ -28,16 +29,13 @@ from hf_qep.engine.curvature import OutputCurvature
 from hf_qep.engine.masks import without_padding
 from hf_qep.engine.recipes import Recipe
 from hf_qep.engine.report import LayerReport, QuantizationReport
-from hf_qep.engine.seeds import derived_seed
+from hf_qep.engine.seeds import layer_seed
 from hf_qep.engine.streams import Stream, StreamStore
 from hf_qep.engine.tuning import TuningData, tune_block
 from hf_qep.errors import ArchitectureError, NonFiniteError
 from hf_qep.methods.problem import LayerProblem
 from hf_qep.modules import PackedTensors, QepExpertWeight, packed_like, replace_module
 from hf_qep.registry import METHODS
-
-NORM_EPS = 1e-6
-"""As in the norms of transformers: keeps the weight of a token finite that is zero."""
 
 
 @dataclass
@@ -305,8 +303,3 @@ def _relative_error(target: Tensor, shipped: Tensor, hessian: Tensor) -> float:
         return (m @ hessian * m).sum().item()
 
     return energy(target - shipped) / max(energy(target), 1e-30)
-
-
-def layer_seed(seed: int, ref: LinearRef) -> int:
-    """Seed of one linear, from its name: order and number of devices cannot change it."""
-    return derived_seed(seed, ref.name, ref.expert)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_qep.algorithms.moments import damped, ridge
 from hf_qep.architectures.access import get_weight
-from hf_qep.architectures.observe import LinearObserver
+from hf_qep.architectures.observe import LinearObserver, collect_outputs
 from hf_qep.architectures.parts import LinearRef, Structure
 from hf_qep.architectures.skeleton import forward_block, forward_rest
 from hf_qep.engine.seeds import derived_seed
@@ -87,12 +87,7 @@ class OutputCurvature:
         for number in range(len(job.float_stream)):
             reads: dict[LinearRef, Tensor] = {}
             outputs: dict[LinearRef, Tensor] = {}
-
-            def keep(ref: LinearRef, output: Tensor, outputs: dict[LinearRef, Tensor] = outputs) -> Tensor:
-                outputs[ref] = output if output.requires_grad else output.requires_grad_()
-                return output if output.grad_fn is not None else output.clone()
-
-            with torch.enable_grad(), LinearObserver(weights, reads.__setitem__, on_output=keep):
+            with torch.enable_grad(), LinearObserver(weights, reads.__setitem__, on_output=collect_outputs(outputs)):
                 loss = self._loss(job, index, number)
                 gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
             for ref, gradient in zip(outputs, gradients, strict=True):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_qep.config import QepConfig
 from hf_qep.distill.teacher import Teacher
-from hf_qep.distill.trainable import Trainable
+from hf_qep.distill.trainable import BETAS, HELD_OUT, Trainable, nothing_else_trains
 from hf_qep.engine.report import Training
 from hf_qep.engine.seeds import derived_seed
 from hf_qep.modules import cast_weights
@@ -27,10 +27,6 @@ from hf_qep.progress import Progress
 
 if TYPE_CHECKING:
     from hf_qep.distill.trainer import KeepBest, Rows
-
-HELD_OUT = 8
-"""One row in so many is not trained on."""
-BETAS = (0.9, 0.95)
 
 
 def distill_model(
@@ -58,13 +54,13 @@ def distill_model(
     solved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = held_out_loss(model, test, teacher, rows_per_step)
     cast_weights(model, torch.float32)
-    trained = Trainable(model, latents)
-    with progress.bar("distilling", config.distill_epochs, "epoch") as bar:
+    with nothing_else_trains(model), progress.bar("distilling", config.distill_epochs, "epoch") as bar:
+        trained = Trainable(model, latents)
         best = KeepBest(trained.parameters(), before, lambda _, loss: bar.advance(1, detail=f"loss {loss:.4f}"))
         _train(model, config, trained, best, train, test, teacher, rows_per_step)
-    best.restore()
-    flips = trained.flips()
-    trained.finish()
+        best.restore()
+        flips = trained.flips()
+        trained.finish()
     cast_weights(model, stored)
     after = held_out_loss(model, test, teacher, rows_per_step)
     if not best.epoch or not after < before:  # rounding of scales and norms can undo a small gain

@@ -7,7 +7,6 @@ seconds are these over a rate that the caller measured.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -94,7 +93,7 @@ def plan_quantization(
     rest_bytes = float_bytes - (weights + sum(t.rows * t.columns for t in tables)) * dtype.itemsize
     tokens = recipe.num_samples * recipe.seq_len
     members = len(model.get_submodule(chain))
-    operations = count_operations(model, recipe)
+    operations = _operations(model, linears, members, recipe)
     return Plan(
         parameters=parameters,
         quantized_weights=weights,
@@ -121,9 +120,8 @@ def count_operations(model: nn.Module, recipe: QepConfig) -> float:
     Raises ArchitectureError if the model has no chain of blocks.
     """
     chain = _chain(model)
-    linears, tokens = _quantized(model, chain, recipe.skip_modules or ()), recipe.num_samples * recipe.seq_len
-    weights, members = sum(math.prod(ref.shape) for ref in linears), len(model.get_submodule(chain))
-    return _operations(linears, tokens, recipe) + _training_operations(model, weights, members, tokens, recipe)
+    linears = _quantized(model, chain, recipe.skip_modules or ())
+    return _operations(model, linears, len(model.get_submodule(chain)), recipe)
 
 
 def _linear_bits(model: nn.Module, linears: Sequence[LinearRef], tables: Sequence[Table], recipe: QepConfig) -> int:
@@ -164,9 +162,15 @@ def _quantized(model: nn.Module, chain: str, skip_modules: Sequence[str]) -> lis
     return found
 
 
-def _operations(linears: Sequence[LinearRef], tokens: int, recipe: QepConfig) -> float:
-    """Passes to and fro, moments, solver. Groups of a block are counted as its distinct input widths plus one."""
+def _operations(model: nn.Module, linears: Sequence[LinearRef], blocks: int, recipe: QepConfig) -> float:
     weights = sum(ref.out_features * ref.in_features for ref in linears)
+    tokens = recipe.num_samples * recipe.seq_len
+    solving = _solving_operations(linears, weights, tokens, recipe)
+    return solving + _training_operations(model, weights, blocks, tokens, recipe)
+
+
+def _solving_operations(linears: Sequence[LinearRef], weights: int, tokens: int, recipe: QepConfig) -> float:
+    """Passes to and fro, moments, solver. Groups of a block are counted as its distinct input widths plus one."""
     passes = 2.0 + 1.5  # float, advance, and on the average half a block for each of about three groups
     total = passes * 2.0 * weights * tokens
     products = SOLVER_PRODUCTS.get(recipe.method, SOLVER_PRODUCTS["sign"])

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_qep.architectures.access import get_weight
-from hf_qep.architectures.observe import LinearObserver
+from hf_qep.architectures.observe import LinearObserver, collect_outputs
 from hf_qep.architectures.parts import LinearRef
 from hf_qep.engine.seeds import derived_seed
 
@@ -42,13 +42,8 @@ def output_sensitivity(
     places = 0
     for number, batch in enumerate(batches):
         outputs: dict[LinearRef, Tensor] = {}
-
-        def keep(ref: LinearRef, output: Tensor, outputs: dict[LinearRef, Tensor] = outputs) -> Tensor:
-            outputs[ref] = output if output.requires_grad else output.requires_grad_()
-            return output if output.grad_fn is not None else output.clone()
-
         generator = torch.Generator().manual_seed(derived_seed("sensitivity", seed, number))
-        with torch.enable_grad(), LinearObserver(weights, lambda ref, x: None, on_output=keep):
+        with torch.enable_grad(), LinearObserver(weights, lambda ref, x: None, on_output=collect_outputs(outputs)):
             output = model(**{key: value.to(model.device) for key, value in batch.items()})
             loss, count = drawn_loss(output, batch.get("attention_mask"), generator)
             gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)

@@ -13,8 +13,7 @@ that is the solved state if none is better.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 from hf_qep.algorithms.distillation import NORM_EPS
 from hf_qep.architectures.parts import Block, Structure
 from hf_qep.architectures.skeleton import forward_block, forward_rest, run_block
-from hf_qep.distill.trainable import SCALE_RATE, vectors
-from hf_qep.distill.tuned_linear import TunedLinear
+from hf_qep.distill.trainable import BETAS, HELD_OUT, SCALE_RATE, nothing_else_trains, typical_size, vectors
+from hf_qep.distill.tuned_linear import TunedLinear, share_of_flips
 from hf_qep.engine.report import BlockTuning
 from hf_qep.engine.seeds import derived_seed
 from hf_qep.modules import QepLinear, packed_modules, replace_module
@@ -33,11 +32,8 @@ from hf_qep.modules import QepLinear, packed_modules, replace_module
 if TYPE_CHECKING:
     from hf_qep.engine.block import Job
 
-HELD_OUT = 8
-"""One batch in so many is not trained on."""
 SIGN_RATE = 1e-2
 """Adam's steps of latents, in units of their scale."""
-BETAS = (0.9, 0.95)
 STEP_TOKENS = 256
 """Tokens per step, about: many small steps turn more signs for the better than few large ones, at the same cost, until
 they are too noisy."""
@@ -65,8 +61,7 @@ class _Plain:
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter.requires_grad_(True)
         self.master = nn.Parameter(parameter.detach().float().clone())
-        size = self.master.detach().square().mean().sqrt().item()
-        self.rate = SCALE_RATE * (size or 1.0)
+        self.rate = SCALE_RATE * typical_size(self.master)
 
     def take_gradient(self) -> None:
         gradient = self.parameter.grad
@@ -168,12 +163,7 @@ class _Tuner:
 
     def flips(self) -> float:
         """Share of the signs that differ from the solved ones."""
-        pairs = [
-            (latent >= 0, self.job.latents[name][key] >= 0)
-            for name, module in self.linears.items()
-            for key, latent in module.latents.items()
-        ]
-        return sum((now != then).sum().item() for now, then in pairs) / sum(now.numel() for now, _ in pairs)
+        return share_of_flips(self.linears, self.job.latents)
 
     def _rates(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
@@ -181,8 +171,7 @@ class _Tuner:
             groups.append({"params": list(module.latents.values()), "lr": SIGN_RATE})
             groups.append({"params": list(module.scales.values()), "lr": SCALE_RATE})
             if module.bias is not None:
-                size = module.bias.detach().square().mean().sqrt().item()
-                groups.append({"params": [module.bias], "lr": SCALE_RATE * (size or 1.0)})
+                groups.append({"params": [module.bias], "lr": SCALE_RATE * typical_size(module.bias)})
         return groups + [{"params": [plain.master], "lr": plain.rate} for plain in self.plain]
 
     def _give(self) -> None:
@@ -204,7 +193,7 @@ def tune_block(job: Job, index: int, block: Block) -> None:
         return
     solved = {name: {k: t.clone() for k, t in module.state_dict().items()} for name, module in linears.items()}
     floats = [(p, p.detach().clone()) for p in vectors(job.model.get_submodule(block.name))]
-    with _nothing_else_trains(job.model):
+    with nothing_else_trains(job.model):
         tuner = _Tuner(job, index, block, linears)
         before = tuner.held_out_loss()
         tuner.install(tuner.linears)
@@ -222,21 +211,6 @@ def tune_block(job: Job, index: int, block: Block) -> None:
     job.report.tuning.append(BlockTuning(*counts, before, after, epoch, flips, block=block.name))
     if epoch:
         job.latents.update({n: {k: u.detach() for k, u in t.latents.items()} for n, t in tuner.linears.items()})
-
-
-@contextmanager
-def _nothing_else_trains(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient while the body runs, but those that it sets; all are as before afterwards."""
-    before = [p for p in model.parameters() if p.requires_grad]
-    for parameter in before:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in before:
-            parameter.requires_grad_(True)
 
 
 def _next_norm(model: nn.Module, data: TuningData, last: int) -> Tensor:

@@ -14,7 +14,7 @@ from hf_qep.engine import tuning
 from hf_qep.engine.calibration import load_calibration
 from hf_qep.engine.job import quantize_model
 from hf_qep.modules import QepExpertWeight, packed_modules
-from tests.engine.test_tuning import calibration, output, sharpened
+from tests.engine.test_tuning import calibration, divergence, sharpened
 from tests.tiny_models import FAMILIES, build_model
 
 LENGTH, FEW = 16, 24
@@ -45,11 +45,7 @@ def test_the_model_answers_more_like_the_float_model(method):
     found = report.distillation
     assert (found.trained_on, found.held_out) == (224, 32)
     assert found.epoch > 0 and found.after < found.before and 0 < found.flips < 0.5
-    wanted = output(float_model, data.inputs).log_softmax(-1)
-    losses = [
-        (wanted.exp() * (wanted - output(model, data.inputs).log_softmax(-1))).sum(-1).mean().item()
-        for model in (plain, trained)
-    ]
+    losses = [divergence(float_model, model, data.inputs) for model in (plain, trained)]
     assert losses[1] < 0.9 * losses[0]
 
 

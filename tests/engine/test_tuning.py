@@ -45,6 +45,12 @@ def output(model, inputs):
         return model(**inputs)[0].float()
 
 
+def divergence(float_model, model, inputs):
+    """Mean KL of a model's answers to the float model's."""
+    wanted = output(float_model, inputs).log_softmax(-1)
+    return (wanted.exp() * (wanted - output(model, inputs).log_softmax(-1))).sum(-1).mean().item()
+
+
 def sharpened(family="llama"):
     """A tiny random model whose weights are large enough for quantisation to matter."""
     model = build_model(family)
@@ -72,11 +78,7 @@ def test_the_model_answers_more_like_the_float_model():
     plain, tuned = copy.deepcopy(float_model), copy.deepcopy(float_model)
     data, _ = run(plain, tune_epochs=0)
     run(tuned, tune_epochs=4)
-    wanted = output(float_model, data.inputs).log_softmax(-1)
-    losses = [
-        (wanted.exp() * (wanted - output(model, data.inputs).log_softmax(-1))).sum(-1).mean().item()
-        for model in (plain, tuned)
-    ]
+    losses = [divergence(float_model, model, data.inputs) for model in (plain, tuned)]
     assert losses[1] < 0.9 * losses[0]
 
 
