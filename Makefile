@@ -6,7 +6,7 @@ PYTEST_FLAGS ?= -q -rs
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-RECIPE := pyproject.toml constraints.txt
+RECIPE := pyproject.toml setup.py constraints.txt
 
 .PHONY: demo test lint install clean
 

@@ -32,7 +32,7 @@ def bits_report(
     tables = packed_tables(model).values()
     linear_bits, linear_weights = _packed_size([m for m in packed if m not in tables])
     table_bits, table_weights = _packed_size(list({id(m.weight): m for m in tables}.values()))
-    packed_ids = {id(t) for m in packed for t in m.tensors().values()}
+    packed_ids = {id(t) for m in packed for t in m.held().values()}
     others = {id(t): t for t in _stored(model) if id(t) not in packed_ids}
     other_bits = sum(8 * t.numel() * t.element_size() for t in others.values())
     other_weights = sum(t.numel() for t in others.values())

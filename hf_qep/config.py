@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_qep.errors import CheckpointError, ConfigError, FormatVersionError
 from hf_qep.files import parse_size
 from hf_qep.formats.integer import BITS
+from hf_qep.kernels.dispatch import ACTIVATIONS
 from hf_qep.public_names import public_name
 from hf_qep.registry import FORMATS, METHODS
 
@@ -72,6 +73,9 @@ class QepConfig(QuantizationConfigMixin):
             per weight; None is yes for up to a thousand million quantised weights.
         embedding_bits, head_bits: bits, 4 or 8, of the whole numbers as which word embeddings and output head are
             stored, scales apart; None leaves them float. Where the two are tied, one option is enough.
+        activation: how packed linears take their inputs on a processor: "exact" (float32) or "int8" (rounded, one scale
+            per token and 128 inputs; faster). What is given while loading goes before what the checkpoint says; None
+            is what it says, or "exact".
         tokenizer: tokenizer for `dataset` when quantising on the fly; default: the model's own. Not stored.
         dequantize: give back a plain float model while loading. Not stored.
         trainable_scales: keep float32 scales that train while loading (quantisation-aware training). Not stored.
@@ -106,6 +110,7 @@ class QepConfig(QuantizationConfigMixin):
         head_bits: int | None = None,
         max_memory: str | int | None = None,
         effort: str | None = None,
+        activation: str | None = None,
         tokenizer: Any = None,
         dequantize: bool = False,
         trainable_scales: bool = False,
@@ -125,7 +130,7 @@ class QepConfig(QuantizationConfigMixin):
         given = {"num_samples": num_samples, "tune_epochs": tune_epochs, "distill_epochs": distill_epochs}
         self.__dict__ |= _effort(effort) | {name: value for name, value in given.items() if value is not None}
         self.embedding_bits, self.head_bits = embedding_bits, head_bits
-        self.layers = layers
+        self.activation, self.layers = activation, layers
         self.tokenizer, self.dequantize, self.trainable_scales = tokenizer, dequantize, trainable_scales
         self.post_init()
 
@@ -135,6 +140,10 @@ class QepConfig(QuantizationConfigMixin):
             raise FormatVersionError(
                 f"this checkpoint has qep format version {self.format_version!r} and this hf_qep reads up to "
                 f"{FORMAT_VERSION}; run: pip install --upgrade hf-qep"
+            )
+        if self.activation not in (None, *ACTIVATIONS):
+            raise ConfigError(
+                f"activation must be {', '.join(map(repr, ACTIVATIONS))} or None, not {self.activation!r}"
             )
         if self.layers is not None:
             self._check_layers()
@@ -215,7 +224,8 @@ class QepConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Options a user may give although the checkpoint has a config of its own."""
-        return {name: getattr(self, name) for name in _LOADING}
+        given = {} if self.activation is None else {"activation": self.activation}
+        return given | {name: getattr(self, name) for name in _LOADING}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QepConfig:
         # from_pretrained deep-copies configs; calibration data may be large or impossible to copy (generators).

@@ -34,11 +34,14 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qep.config import QepConfig
 from hf_qep.errors import CheckpointError
+from hf_qep.kernels.dispatch import EXACT
+from hf_qep.kernels.native import kernels
 from hf_qep.modules import (
     PackedTensors,
     QepConv1D,
     QepEmbedding,
     QepExpertWeight,
+    QepLinear,
     packed_like,
     packed_modules,
     packed_tables,
@@ -256,12 +259,20 @@ def check_loaded(model: PreTrainedModel) -> None:
         raise CheckpointError(f"the state dict lacks tensors of packed modules: {_some(missing)}")
 
 
-def finish_loading(model: PreTrainedModel, *, trainable_scales: bool) -> None:
-    """Freeze packed modules, which transformers gives back trainable, or let their scales train in float32."""
+def finish_loading(model: PreTrainedModel, config: QepConfig) -> None:
+    """Freeze packed modules, which transformers gives back trainable, and put linears into the order of the kernels.
+
+    With `trainable_scales` their scales train in float32 instead.
+    """
+    native = kernels().native
     for module in packed_modules(model).values():
         module.requires_grad_(False)
-        if trainable_scales:
+        if isinstance(module, QepLinear):
+            module.activation = config.activation or EXACT
+        if config.trainable_scales:
             module.train_scales()
+        elif native and isinstance(module, QepLinear):
+            module.tile()
 
 
 def settle(model: PreTrainedModel, config: QepConfig) -> None:

@@ -43,6 +43,10 @@ class CalibrationError(QepError, ValueError):
     """The calibration data is empty, unreadable or of the wrong kind."""
 
 
+class KernelError(QepError, RuntimeError):
+    """The kernels that an environment variable asks for cannot be had."""
+
+
 class IllConditionedError(QepError, ArithmeticError):
     """A damped Hessian has no Cholesky factor."""
 

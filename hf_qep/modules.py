@@ -2,6 +2,9 @@
 
 Scales stay float16 whatever dtype the model is cast to, because they are what was stored; while scales are trained they
 are float32 (`train_scales`), and `packed_state` gives the tensors as they are stored.
+
+A linear that only computes may hold its tensors in the order of the native kernels (`tile`), in place of the stored one
+and with another number of dimensions. State dicts, `tensors` and `packed_state` always have the stored order.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_qep.errors import ConfigError
+from hf_qep.kernels.dispatch import EXACT
 from hf_qep.registry import FORMATS
 
 
@@ -26,6 +30,8 @@ class PackedTensors(nn.Module):
     spec: Any
     out_features: int
     in_features: int
+    tiled = False
+    """Whether the tensors lie in the order of the native kernels."""
 
     def _allocate(self, spec: Any, shape: tuple[int, int], stack: tuple[int, ...], device: Any) -> None:
         self.spec = spec
@@ -48,8 +54,42 @@ class PackedTensors(nn.Module):
         self.format = FORMATS.get(self.spec.format)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The format's tensors, by name."""
-        return {name: getattr(self, name) for name in self.tensor_names}
+        """The format's tensors, by name, in the stored order: parameters, or copies if the module is tiled."""
+        held = self.held()
+        return self.format.untile(held, self.spec, self.out_features) if self.tiled else held
+
+    def held(self) -> dict[str, Tensor]:
+        """The parameters that hold the format's tensors, by name."""
+        return {name: self._parameters[name] for name in self.tensor_names}
+
+    def tile(self) -> None:
+        """Hold the tensors in the order of the native kernels; without effect where those do not serve."""
+
+    @torch.no_grad()
+    def untile(self) -> None:
+        """Back to the stored order."""
+        if self.tiled:
+            self._hold(self.tensors())
+            self.tiled = False
+
+    def _hold(self, tensors: dict[str, Tensor]) -> None:
+        for name, held in self.held().items():
+            if tensors[name] is not held:
+                self._parameters[name] = nn.Parameter(tensors[name], requires_grad=False)
+                self._parameters[name]._is_hf_initialized = True
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tiled:
+            destination.update({prefix + name: tensor.detach() for name, tensor in self.tensors().items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        tiled = self.tiled and any(prefix + name in state_dict for name in self.tensor_names)
+        if tiled:
+            self.untile()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if tiled:
+            self.tile()
 
     def packed_state(self) -> dict[str, Tensor]:
         """The tensors in their stored dtypes."""
@@ -59,6 +99,7 @@ class PackedTensors(nn.Module):
     @torch.no_grad()
     def load_packed(self, tensors: dict[str, Tensor]) -> None:
         """Take over the tensors of one matrix as `format.pack` gives them."""
+        self.untile()
         for name in self.tensor_names:
             current = getattr(self, name)
             if tensors[name].shape != current.shape or tensors[name].dtype != current.dtype:
@@ -67,12 +108,15 @@ class PackedTensors(nn.Module):
 
     def train_scales(self) -> None:
         """Make the scales float32 parameters that train; float16 would swallow small updates."""
+        self.untile()
         for name, tensor in self.tensors().items():
             if tensor.is_floating_point():
                 setattr(self, name, nn.Parameter(tensor.detach().float(), requires_grad=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        kept = {name: t.data for name, t in self.tensors().items() if t.is_floating_point()}
+        if self.tiled and fn(torch.empty(0)).device.type != "cpu":
+            self.untile()
+        kept = {name: t.data for name, t in self.held().items() if t.is_floating_point()}
         super()._apply(fn, recurse)
         for name, value in kept.items():
             moved = getattr(self, name)
@@ -87,6 +131,9 @@ class QepLinear(PackedTensors, nn.Linear):
     It is an nn.Linear so that peft and others find it, but never allocates a float weight; `weight` is the packed
     tensor. bias: dtype of the model, shape (out,).
     """
+
+    activation = EXACT
+    """Or "int8": the native kernels round the inputs to whole numbers, one scale per token and 128 inputs."""
 
     def __init__(
         self,
@@ -104,7 +151,26 @@ class QepLinear(PackedTensors, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), dtype of x."""
-        return self.format.linear(x, self.tensors(), self.spec, self.bias)
+        tensors, bias = self.held(), self.bias
+        if self.tiled:
+            return self.format.tiled_linear(x, tensors, self.spec, bias, self.out_features, self.activation)
+        return self.format.linear(x, tensors, self.spec, bias, self.activation)
+
+    @torch.no_grad()
+    def tile(self) -> None:
+        """Hold the tensors in the order of the native kernels, if those serve this format, spec and device.
+
+        Scales that train keep the stored order.
+        """
+        held = self.held()
+        if self.tiled or not hasattr(self.format, "tile") or any(t.device.type != "cpu" for t in held.values()):
+            return
+        if any(t.requires_grad for t in held.values()):
+            return
+        tiles = self.format.tile(held, self.spec)
+        if tiles is not None:
+            self._hold(tiles)
+            self.tiled = True
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Dense weight (out, in)."""

@@ -73,13 +73,14 @@ class QepHfQuantizer(HfQuantizer):
             from hf_qep.on_the_fly import quantize_loaded
 
             quantize_loaded(model, config)
-            model.hf_quantizer.quantization_config.trainable_scales = config.trainable_scales
+            for name in ("trainable_scales", "activation"):
+                setattr(model.hf_quantizer.quantization_config, name, getattr(config, name))
         elif self._files is None:
             conversion.check_loaded(model)
         if self.pre_quantized and config.dequantize:
             conversion.dequantize_modules(model, model.config.dtype)
             return
-        conversion.finish_loading(model, trainable_scales=config.trainable_scales)
+        conversion.finish_loading(model, config)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         import torch

@@ -45,11 +45,12 @@ def collect() -> dict[str, Any]:
     }
 
 
-def kernels() -> dict[str, str]:
-    """Product -> module that computes it on this machine."""
-    from hf_qep.kernels import dispatch
+def kernels() -> dict[str, str | None]:
+    """What computes the products with packed weights on the processor, and on which instruction set."""
+    from hf_qep.kernels import native
 
-    return {name: getattr(dispatch, name).__module__.removeprefix("hf_qep.kernels.") for name in dispatch.__all__}
+    found = native.kernels()
+    return {"backend": found.backend, "instruction_set": found.isa, "why": found.why}
 
 
 def extras() -> dict[str, dict[str, str | None]]:
@@ -87,7 +88,8 @@ def _rows(found: dict[str, Any]) -> dict[str, Any]:
     rows = dict(found["versions"])
     rows |= {key: found[key] for key in ("platform", "cores", "threads")}
     rows["accelerators"] = ", ".join(found["accelerators"]) or "none"
-    rows |= {f"kernel {name}": module for name, module in found["kernels"].items()}
+    chosen = found["kernels"]
+    rows["kernels"] = " ".join(filter(None, (chosen["backend"], chosen["instruction_set"], chosen["why"])))
     for extra, packages in found["extras"].items():
         missing = [name for name, version in packages.items() if version is None]
         rows[f"extra {extra}"] = f"missing: {', '.join(missing)}" if missing else "complete"

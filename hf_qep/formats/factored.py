@@ -23,7 +23,7 @@ from torch import Tensor
 from hf_qep.bitorder import WORD, pack_signs, unpack_signs, words_for
 from hf_qep.errors import ConfigError
 from hf_qep.formats.sign import Shape, bits_of, to_half
-from hf_qep.kernels import dispatch
+from hf_qep.kernels import dispatch, tiling
 
 NAME = "factored"
 OCTET = 8
@@ -101,11 +101,36 @@ def dequantize(
     return (left @ right).to(dtype)
 
 
-def linear(x: Tensor, tensors: dict[str, Tensor], spec: Spec, bias: Tensor | None) -> Tensor:
-    """x (..., in) -> (..., out)."""
+def linear(
+    x: Tensor, tensors: dict[str, Tensor], spec: Spec, bias: Tensor | None, activation: str = dispatch.EXACT
+) -> Tensor:
+    """x (..., in) -> (..., out).  activation: "exact" or "int8", see kernels/dispatch.py."""
     row, middle, column = tensors["weight_scale"], tensors["middle_scale"], tensors["column_scale"]
     left = _left_rows(tensors, spec)
-    return dispatch.factored_linear(x, left, tensors["weight"], row, middle, column, bias)
+    return dispatch.factored_linear(x, left, tensors["weight"], row, middle, column, bias, activation)
+
+
+def tile(tensors: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
+    """The tensors in the order of the native kernels."""
+    left = tiling.tile(tiling.as_words(_left_rows(tensors, spec)))
+    return tensors | {"weight": tiling.tile(tensors["weight"]), "left": left}
+
+
+def untile(tensors: dict[str, Tensor], spec: Spec, out_features: int) -> dict[str, Tensor]:
+    """Inverse of `tile`."""
+    left = tiling.untile(tensors["left"], out_features)
+    if spec.flat:
+        octets = left.view(torch.uint8)[:, : spec.rank // OCTET].flatten()
+        left = tiling.as_words(octets)
+    return tensors | {"weight": tiling.untile(tensors["weight"], spec.rank), "left": left}
+
+
+def tiled_linear(
+    x: Tensor, tensors: dict[str, Tensor], spec: Spec, bias: Tensor | None, out_features: int, activation: str
+) -> Tensor:
+    """`linear` of what `tile` gave."""
+    scales = tensors["weight_scale"], tensors["middle_scale"], tensors["column_scale"]
+    return dispatch.tiled_factored_linear(x, tensors["left"], tensors["weight"], *scales, bias, activation)
 
 
 def _left_rows(tensors: dict[str, Tensor], spec: Spec) -> Tensor:

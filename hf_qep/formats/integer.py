@@ -87,9 +87,11 @@ def rows(ids: Tensor, tensors: dict[str, Tensor], spec: Spec, in_features: int, 
     return dispatch.scaled_codes(words, in_features, spec.bits, groups(spec, in_features), dtype)
 
 
-def linear(x: Tensor, tensors: dict[str, Tensor], spec: Spec, bias: Tensor | None) -> Tensor:
-    """x (..., in) -> (..., out)."""
-    return dispatch.integer_linear(x, tensors["weight"], spec.bits, groups(spec, x.shape[-1]), bias)
+def linear(
+    x: Tensor, tensors: dict[str, Tensor], spec: Spec, bias: Tensor | None, activation: str = dispatch.EXACT
+) -> Tensor:
+    """x (..., in) -> (..., out).  activation: "exact" or "int8", see kernels/dispatch.py."""
+    return dispatch.integer_linear(x, tensors["weight"], spec.bits, groups(spec, x.shape[-1]), bias, activation)
 
 
 def stored_bits(spec: Spec, out_features: int, in_features: int) -> int:

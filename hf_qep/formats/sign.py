@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_qep.bitorder import pack_signs, unpack_signs, words_for
+from hf_qep.bitorder import WORD, pack_signs, unpack_signs, words_for
 from hf_qep.errors import ConfigError, NonFiniteError
-from hf_qep.kernels import dispatch
+from hf_qep.kernels import dispatch, tiling
 
 NAME = "sign"
 Shape = tuple[int, ...]
@@ -102,9 +102,41 @@ def dequantize(
     )
 
 
-def linear(x: Tensor, tensors: dict[str, Tensor], spec: Spec, bias: Tensor | None) -> Tensor:
-    """x (..., in) -> (..., out)."""
+def linear(
+    x: Tensor, tensors: dict[str, Tensor], spec: Spec, bias: Tensor | None, activation: str = dispatch.EXACT
+) -> Tensor:
+    """x (..., in) -> (..., out).  activation: "exact" or "int8", see kernels/dispatch.py."""
+    x = dispatch.rounded_if(x, activation, tensors.get("column_scale"), spec.group_size)
     return dispatch.sign_linear(x, tensors["weight"], tensors["weight_scale"], tensors.get("column_scale"), bias)
+
+
+def tile(tensors: dict[str, Tensor], spec: Spec) -> dict[str, Tensor] | None:
+    """The tensors in the order of the native kernels, or None where those do not serve: groups of odd sizes."""
+    if spec.group_size is not None and spec.group_size % WORD:
+        return None
+    scale = tensors["weight_scale"]
+    tiled = {
+        "weight": tiling.tile(tensors["weight"]),
+        "weight_scale": tiling.tile(scale) if scale.shape[1] > 1 else scale,
+    }
+    return tensors | tiled
+
+
+def untile(tensors: dict[str, Tensor], spec: Spec, out_features: int) -> dict[str, Tensor]:
+    """Inverse of `tile`."""
+    scale = tensors["weight_scale"]
+    rows = tiling.untile(scale, out_features) if scale.dim() == 3 else scale
+    return tensors | {"weight": tiling.untile(tensors["weight"], out_features), "weight_scale": rows}
+
+
+def tiled_linear(
+    x: Tensor, tensors: dict[str, Tensor], spec: Spec, bias: Tensor | None, out_features: int, activation: str
+) -> Tensor:
+    """`linear` of what `tile` gave."""
+    column = tensors.get("column_scale")
+    return dispatch.tiled_sign_linear(
+        x, tensors["weight"], tensors["weight_scale"], column, bias, out_features, activation
+    )
 
 
 def stored_bits(spec: Spec, out_features: int, in_features: int) -> int:

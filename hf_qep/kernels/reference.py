@@ -5,6 +5,7 @@
     factored_linear   y = a o (S_L (m o (S_R (b o x)))) + bias
     scaled_codes      W[i, j] = scale[i, j // group] * code[i, j]     rounded once, to `dtype`
     integer_linear    y = x W^T + bias
+    rounded_activations   what int8 kernels see of x
 
 Scales are float16 (or float32 while they are trained) and widened to float32 before they are multiplied.
 """
@@ -19,6 +20,8 @@ from hf_qep.bitorder import sign_table, split_row, unpack_codes, unpack_signs
 
 PANEL_WEIGHTS = 1 << 24
 """Weights unpacked at a time: 64 MB of float32, so that a large layer never needs its dense form."""
+BLOCK = 128
+"""Inputs of a token that share a scale when they are rounded to int8."""
 FEW_TOKENS = 4
 """Up to so many tokens the byte table beats unpacking: each token reads 1/8 of the entries a dense row has."""
 
@@ -84,6 +87,27 @@ def integer_linear(x: Tensor, words: Tensor, bits: int, groups: int, bias: Tenso
     parts = [F.linear(x, scaled_codes(panel, columns, bits, groups, x.dtype)) for panel in panels]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     return y if bias is None else y + bias.to(x.dtype)
+
+
+def rounded_activations(x: Tensor, column_scale: Tensor | None = None, group: int | None = None) -> Tensor:
+    """x (..., in), rounded to whole numbers from -127 to 127 times one scale per token and block of inputs.
+
+    column_scale: (in,) that multiplies x before it is rounded; the result is divided by it again. group: inputs that
+    share a scale of the weights; blocks end where groups end.
+    """
+    scaled = x.float() if column_scale is None else x.float() * column_scale.float()
+    parts = [_rounded(part) for part in scaled.split(group or scaled.shape[-1], -1)]
+    rounded = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    if column_scale is not None:
+        rounded = torch.where(column_scale == 0, 0.0, rounded / column_scale.float())
+    return rounded.to(x.dtype)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    blocks = F.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(step > 0, blocks / step, 0.0).round()
+    return (codes * step).flatten(-2)[..., : x.shape[-1]]
 
 
 def _byte_table_pays(x: Tensor, tokens: int, words: Tensor, row_scale: Tensor) -> bool:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import re
-from pathlib import Path
 
 import pytest
 
 from tests.cli.test_commands import run
 
 TOKEN = "hf_" + "aB3" * 12
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def collected() -> dict:
@@ -34,14 +32,14 @@ def test_versions_are_those_that_are_installed():
     assert {"python", "huggingface_hub", "safetensors"} <= versions.keys()
 
 
-def test_every_kernel_is_named_with_what_computes_it():
-    from hf_qep.kernels import dispatch
+def test_the_kernels_are_named_with_the_reason_if_there_are_none(monkeypatch):
+    from hf_qep.kernels import native
 
-    kernels = collected()["kernels"]
-    assert set(kernels) == set(dispatch.__all__)
-    assert all(
-        (ROOT / "hf_qep" / "kernels" / f"{module.replace('.', '/')}.py").is_file() for module in kernels.values()
-    )
+    found = collected()["kernels"]
+    assert found["backend"] in native.BACKENDS
+    assert (found["instruction_set"] is None) == (found["backend"] == "torch")
+    monkeypatch.setattr(native, "_chosen", native.Kernels("torch", why="no C++ compiler"))
+    assert collected()["kernels"] == {"backend": "torch", "instruction_set": None, "why": "no C++ compiler"}
 
 
 def test_extras_are_those_of_the_package_with_what_is_missing():

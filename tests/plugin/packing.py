@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_qep import QepConfig
-from hf_qep.conversion import settle
+from hf_qep.conversion import finish_loading, settle
 from hf_qep.formats import factored, sign
 from hf_qep.modules import QepExpertWeight, packed_like, replace_module
 
@@ -30,7 +30,7 @@ def _in_a_layer(name: str) -> bool:
 
 @torch.no_grad()
 def pack_model(model: PreTrainedModel, spec: Any = SIGN, names: list[str] | None = None) -> PreTrainedModel:
-    """Replace `names` (default: all packable) in place and leave the model as the engine would."""
+    """Replace `names` (default: all packable) in place and leave the model as loading would."""
     for name in packable(model) if names is None else names:
         new = packed_like(model, name, spec)
         if isinstance(new, QepExpertWeight):
@@ -47,6 +47,7 @@ def pack_model(model: PreTrainedModel, spec: Any = SIGN, names: list[str] | None
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, "qep"
+    finish_loading(model, config)
     return model
 
 
