@@ -35,7 +35,6 @@ from transformers.pytorch_utils import Conv1D
 from hf_qep.config import QepConfig
 from hf_qep.errors import CheckpointError
 from hf_qep.kernels.dispatch import EXACT
-from hf_qep.kernels.native import kernels
 from hf_qep.modules import (
     PackedTensors,
     QepConv1D,
@@ -264,14 +263,13 @@ def finish_loading(model: PreTrainedModel, config: QepConfig) -> None:
 
     With `trainable_scales` their scales train in float32 instead.
     """
-    native = kernels().native
     for module in packed_modules(model).values():
         module.requires_grad_(False)
         if isinstance(module, QepLinear):
             module.activation = config.activation or EXACT
         if config.trainable_scales:
             module.train_scales()
-        elif native and isinstance(module, QepLinear):
+        else:
             module.tile()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_qep.errors import ConfigError
-from hf_qep.kernels.dispatch import EXACT
+from hf_qep.kernels.dispatch import EXACT, has_kernels
 from hf_qep.registry import FORMATS
 
 
@@ -114,14 +114,18 @@ class PackedTensors(nn.Module):
                 setattr(self, name, nn.Parameter(tensor.detach().float(), requires_grad=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        if self.tiled and fn(torch.empty(0)).device.type != "cpu":
+        device = self._parameters["weight"].device
+        moved = self.tiled and fn(torch.empty(0, device=device)).device != device
+        if moved:
             self.untile()
         kept = {name: t.data for name, t in self.held().items() if t.is_floating_point()}
         super()._apply(fn, recurse)
         for name, value in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != value.dtype:  # a cast of the model: keep the stored value, follow only the device
-                setattr(self, name, nn.Parameter(value.to(moved.device), requires_grad=moved.requires_grad))
+            new = getattr(self, name)
+            if new.dtype != value.dtype:  # a cast of the model: keep the stored value, follow only the device
+                setattr(self, name, nn.Parameter(value.to(new.device), requires_grad=new.requires_grad))
+        if moved:
+            self.tile()
         return self
 
 
@@ -158,14 +162,14 @@ class QepLinear(PackedTensors, nn.Linear):
 
     @torch.no_grad()
     def tile(self) -> None:
-        """Hold the tensors in the order of the native kernels, if those serve this format, spec and device.
+        """Hold the tensors in the order of the native kernels, if there are some for this format, spec and device.
 
-        Scales that train keep the stored order.
+        Layers whose scales train keep the stored order.
         """
         held = self.held()
-        if self.tiled or not hasattr(self.format, "tile") or any(t.device.type != "cpu" for t in held.values()):
+        if self.tiled or not hasattr(self.format, "tile") or any(t.requires_grad for t in held.values()):
             return
-        if any(t.requires_grad for t in held.values()):
+        if not all(has_kernels(t.device) for t in held.values()):
             return
         tiles = self.format.tile(held, self.spec)
         if tiles is not None:

@@ -16,6 +16,7 @@ SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.part
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 HEAVY = ("torch", "transformers")
 OPTIONAL = ("datasets", "lm_eval", "gradio", "peft", "sklearn", "evaluate", "pyarrow", "optuna", "scipy", "gguf")
+OPTIONAL += ("triton", "gemlite")
 
 GROUND = {"errors", "extras", "registry", "progress", "files", "bitorder", "public_names"}
 FORMATS = GROUND | {"formats", "kernels"}
@@ -130,8 +131,8 @@ def test_importing_everything_loads_no_optional_package():
     apart = {"hf_qep.distill.trainer"}
     modules = [name for p in SOURCES if "remote_code" not in p.parts and (name := module_name(p)) not in apart]
     loaded = modules_loaded_by(f"import importlib\nfor m in {modules!r}: importlib.import_module(m)")
-    # transformers itself looks into scipy and scikit-learn when they are installed.
-    assert not loaded & (set(OPTIONAL) - {"scipy", "sklearn"})
+    # transformers itself looks into scipy and scikit-learn when they are installed, and torch into triton.
+    assert not loaded & (set(OPTIONAL) - {"scipy", "sklearn", "triton"})
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))

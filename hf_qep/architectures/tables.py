@@ -12,9 +12,10 @@ from hf_qep.config import QepConfig
 from hf_qep.errors import ConfigError
 from hf_qep.formats.integer import Spec
 
-GROUP_SIZE, LEAST_GROUP = 64, 16
-"""Columns that share a scale in 4 bits: as many as the width allows, within these limits. Finer groups gain less than
-their scales would if they were spent on the linears; in 8 bits one scale per row is as good as any."""
+KERNEL_GROUP, GROUP_SIZE, LEAST_GROUP = 128, 64, 16
+"""Columns that share a scale in 4 bits: the size that the kernels are made for, or else as many as the width allows,
+within the other limits. Finer groups gain less than their scales would if they were spent on the linears; in 8 bits one
+scale per row is as good as any."""
 
 
 @dataclass(frozen=True)
@@ -86,5 +87,5 @@ def _table(model: nn.Module, members: tuple[nn.Module, ...], bits: int, config: 
 
 
 def _group_size(columns: int) -> int | None:
-    sizes = range(min(GROUP_SIZE, columns - 1), LEAST_GROUP - 1, -1)
+    sizes = [KERNEL_GROUP] * (columns > KERNEL_GROUP) + [*range(min(GROUP_SIZE, columns - 1), LEAST_GROUP - 1, -1)]
     return next((size for size in sizes if columns % size == 0), None)

@@ -112,8 +112,11 @@ def linear(
 
 def tile(tensors: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
     """The tensors in the order of the native kernels."""
-    left = tiling.tile(tiling.as_words(_left_rows(tensors, spec)))
-    return tensors | {"weight": tiling.tile(tensors["weight"]), "left": left}
+    left, right = tiling.as_words(_left_rows(tensors, spec)), tensors["weight"]
+    return tensors | {
+        "weight": tiling.tile(right, dispatch.tile_height(right)),
+        "left": tiling.tile(left, dispatch.tile_height(left)),
+    }
 
 
 def untile(tensors: dict[str, Tensor], spec: Spec, out_features: int) -> dict[str, Tensor]:

@@ -114,12 +114,10 @@ def tile(tensors: dict[str, Tensor], spec: Spec) -> dict[str, Tensor] | None:
     """The tensors in the order of the native kernels, or None where those do not serve: groups of odd sizes."""
     if spec.group_size is not None and spec.group_size % WORD:
         return None
-    scale = tensors["weight_scale"]
-    tiled = {
-        "weight": tiling.tile(tensors["weight"]),
-        "weight_scale": tiling.tile(scale) if scale.shape[1] > 1 else scale,
-    }
-    return tensors | tiled
+    words, scale = tensors["weight"], tensors["weight_scale"]
+    height = dispatch.tile_height(words)
+    scale = tiling.tile(scale, height) if scale.shape[1] > 1 else scale
+    return tensors | {"weight": tiling.tile(words, height), "weight_scale": scale}
 
 
 def untile(tensors: dict[str, Tensor], spec: Spec, out_features: int) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
 """The seam between layers and arithmetic: every product with packed weights goes through here.
 
 Signs in the order of the files are multiplied by the torch reference. Signs in tiles (`kernels/tiling.py`) go to the
-native operators where they serve (processor, float16, bfloat16 or float32), and equal the reference of the same signs.
+native operators on a processor and to Triton's on a GPU, where they serve, and equal the reference of the same signs.
 Codes of whole numbers have one order and go to the native operators where they serve.
 
 Activations are "exact", with sums in float32, or "int8": rounded to whole numbers with one scale per token and
-BLOCK inputs, which the reference does too, so that a model says the same on every machine.
+BLOCK inputs, by the native kernels and, on a processor, by the reference too. GPUs take all activations as exact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_qep.kernels import reference
+from hf_qep.kernels import reference, triton_sign
 from hf_qep.kernels.native import DTYPES, kernels
 from hf_qep.kernels.reference import rounded_activations, scaled_codes, scaled_signs, sign_linear
 from hf_qep.kernels.tiling import TILE, untile
@@ -36,6 +36,18 @@ PANEL_TILES = 64
 """Tiles that are made dense at a time in a backward pass: 4,096 rows."""
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether products with tiled signs have kernels there; the first call for the processor loads them."""
+    if device.type == "cpu" and not triton_sign.INTERPRETED:
+        return kernels().native
+    return triton_sign.available(device)
+
+
+def tile_height(words: Tensor) -> int:
+    """Rows of a tile of these words (rows, k) where they are."""
+    return TILE if words.device.type == "cpu" and not triton_sign.INTERPRETED else max(words.shape[0], 1)
+
+
 def tiled_sign_linear(
     x: Tensor,
     tiles: Tensor,
@@ -47,10 +59,13 @@ def tiled_sign_linear(
 ) -> Tensor:
     """x (..., in) float -> (..., out) of the same dtype.
 
-    tiles int32 (ceil(out/64), ceil(in/32), 64); row_scale float16 (out, 1), or tiled (ceil(out/64), groups, 64).
+    tiles int32 (ceil(out/height), ceil(in/32), height); row_scale float16 (out, 1), or tiled as the signs are.
     """
+    if _on_gpu(x, tiles) and triton_sign.serves(x, row_scale.shape[1] if row_scale.dim() == 3 else 1):
+        scale = row_scale[0].t() if row_scale.dim() == 3 else row_scale
+        return triton_sign.sign_linear(x, tiles[0], scale, column_scale, bias)
     operator = kernels().sign_linear
-    if operator is None or not _serves(x):
+    if operator is None or not _serves(x, tiles):
         x, rows = rounded_if(x, activation, column_scale, _group(x, row_scale)), _rows(row_scale, out_features)
         return sign_linear(x, untile(tiles, out_features), rows, column_scale, bias)
     bias = _like(bias, x)
@@ -70,8 +85,10 @@ def tiled_factored_linear(
     activation: str = EXACT,
 ) -> Tensor:
     """x (..., in) -> (..., out).  left tiled for (out, rank), right for (rank, in); scales float16 vectors."""
+    if _on_gpu(x, left) and triton_sign.serves(x):
+        return triton_sign.factored_linear(x, left[0], right[0], row, middle, column, bias)
     operator = kernels().factored_linear
-    if operator is None or not _serves(x):
+    if operator is None or not _serves(x, left):
         words = untile(left, row.shape[0]), untile(right, middle.shape[0])
         return factored_linear(x, *words, row, middle, column, bias, activation)
     bias = _like(bias, x)
@@ -91,7 +108,7 @@ def factored_linear(
     activation: str = EXACT,
 ) -> Tensor:
     """x (..., in) -> (..., out), signs in the order of the files, see kernels/reference.py."""
-    if activation == EXACT:
+    if activation == EXACT or x.is_cuda:
         return reference.factored_linear(x, left, right, row, middle, column, bias)
     inner = sign_linear(rounded_activations(x, column), right, _ones(middle), column, None)
     return sign_linear(rounded_activations(inner, middle), left, row.unsqueeze(-1), middle, bias)
@@ -115,11 +132,16 @@ def integer_linear(
 
 def rounded_if(x: Tensor, activation: str, scale: Tensor | None, group: int | None = None) -> Tensor:
     """x, or what the int8 kernels see of it once it was multiplied by the column scale."""
-    return rounded_activations(x, scale, group) if activation == INT8 else x
+    return rounded_activations(x, scale, group) if activation == INT8 and not x.is_cuda else x
 
 
-def _serves(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in DTYPES and x.shape[-1] > 0
+def _serves(x: Tensor, tiles: Tensor | None = None) -> bool:
+    height = TILE if tiles is None else tiles.shape[-1]
+    return x.device.type == "cpu" and x.dtype in DTYPES and x.shape[-1] > 0 and height == TILE
+
+
+def _on_gpu(x: Tensor, tiles: Tensor) -> bool:
+    return (x.is_cuda or triton_sign.INTERPRETED) and tiles.shape[0] == 1
 
 
 def _needs_grad(x: Tensor, bias: Tensor | None) -> bool:

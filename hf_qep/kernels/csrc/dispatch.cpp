@@ -3,7 +3,9 @@
 #include <atomic>
 #include "api.h"
 #include "kernels.h"
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -31,7 +33,9 @@ struct Available {
     }
 #if defined(__x86_64__)
     void add_machine() {  // __builtin_cpu_supports also asks whether the operating system saves the registers
-        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        unsigned a, b, c, d;  // not every compiler knows F16C by name
+        const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
         const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
         if (avx512 && __builtin_cpu_supports("avx512vnni")) add("avx512vnni", kAvx512, kVnniInt8, kVnniCodes);

@@ -11,7 +11,7 @@ namespace hfq {
 
 constexpr int64_t kTile = 64;         // rows of a tile
 constexpr int64_t kBlockWords = 4;    // words of signs, at most, that share one scale of int8 activations
-constexpr int64_t kPieceWords = 32;   // words of signs, at most, in one running float32 sum
+constexpr int64_t kPieceWords = 16;   // words of signs, at most, in one running float32 sum
 constexpr int64_t kCodeBlock = 128;   // inputs in a block of integer codes
 
 struct Convert {

@@ -18,7 +18,8 @@ template <class Body> void parallel(int threads, int64_t chunks, const Body& bod
         for (int64_t c = 0; c < chunks; c++) body(0, c);
         return;
     }
-    run_chunks(threads, chunks, [](const void* b, int slot, int64_t c) { (*(const Body*)b)(slot, c); }, &body);
+    const int useful = chunks < threads ? (int)chunks : threads;
+    run_chunks(useful, chunks, [](const void* b, int slot, int64_t c) { (*(const Body*)b)(slot, c); }, &body);
 }
 
 }  // namespace hfq

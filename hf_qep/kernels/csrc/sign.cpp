@@ -9,9 +9,7 @@ namespace hfq {
 namespace {
 
 constexpr int kMaxTokens = 8;                     // of any unit's kernel
-constexpr int64_t kFewTokens = 2;                 // up to so many, whole tables beat tables per block of words
-constexpr int64_t kTableBytes = 512 << 10;        // of whole tables, at most: they must stay in the second level cache
-constexpr int64_t kManyTiles = 64;                // that share the tables of a block of words
+constexpr int64_t kFairTiles = 8, kMostTiles = 64;  // that share the tables of a block of words
 constexpr int64_t kQuantizedBytes = 4 << 20;      // of int8 tokens at a time: they are read again for every tile
 constexpr int64_t kStreamAhead = 512;             // 2 KB, in words: one linear stream wants prefetching
 
@@ -31,53 +29,21 @@ struct Shape {
     double tile_bits() const { return (double)kTile * 32 * words; }
 };
 
-// One or two tokens: tables of whole rows, once, and the weights as one stream.
-struct FewExact : Shape {
-    float *x, *tables;
-
-    FewExact(const SignJob& j, Carver& memory) : Shape(j) {
-        x = memory.take<float>(32 * words);
-        tables = memory.take<float>(job.tokens * words * isa().exact->word_floats);
-    }
-    static bool suits(const SignJob& j) {
-        const Exact& exact = *isa().exact;
-        const int64_t bytes = 4 * j.tokens * ceil_div(j.x.width, 32) * exact.word_floats;
-        return j.tokens == 1 || (j.tokens <= kFewTokens && j.tokens <= exact.max_tokens && bytes <= kTableBytes);
-    }
-    void run() const {
-        const Exact& exact = *isa().exact;
-        for (int64_t t = 0; t < job.tokens; t++) {
-            job.x.load(x, t, 0, job.x.width, 32 * words);
-            exact.tables(tables + t * exact.entries, x, words, (int)job.tokens);
-        }
-        const int64_t step = units_per_chunk(tiles, tile_bits(), threads);
-        parallel(threads, ceil_div(tiles, step), [&](int, int64_t chunk) {
-            const int64_t end = (chunk + 1) * step < tiles ? (chunk + 1) * step : tiles;
-            for (int64_t i = chunk * step; i < end; i++) one_tile(exact, i);
-        });
-    }
-    void one_tile(const Exact& exact, int64_t i) const {
-        alignas(64) float sums[kFewTokens * kTile] = {};
-        exact.tile(sums, kTile, tables, (int)job.tokens, tile(i, 0, words, kStreamAhead));
-        for (int64_t t = 0; t < job.tokens; t++) job.y.put(t, i, sums + t * kTile);
-    }
-};
-
-// More tokens: a chunk is a few tokens times some tiles, and builds tables of a block of words at a time for itself.
-struct ManyExact : Shape {
+// A chunk is a few tokens times some tiles. For a block of words at a time it builds tables, which stay in the first
+// level cache for one token and in the second for more, and takes them to all its tiles.
+struct ExactProduct : Shape {
     int64_t block_words, blocks, per_block, chunk_tiles, tile_chunks, slot_floats;
     float* slots;
 
-    ManyExact(const SignJob& j, Carver& memory) : Shape(j) {
+    ExactProduct(const SignJob& j, Carver& memory) : Shape(j) {
         const Exact& exact = *isa().exact;
         block_words = group_words < kPieceWords ? kPieceWords / group_words * group_words : kPieceWords;
         blocks = ceil_div(job.tokens, exact.max_tokens);
         per_block = ceil_div(job.tokens, blocks);  // 13 tokens are 5 + 5 + 3, not 6 + 6 + 1
         blocks = ceil_div(job.tokens, per_block);
-        const int64_t fair = threads == 1 ? tiles : ceil_div(tiles * blocks, 4 * threads);
-        chunk_tiles = fair < kManyTiles / 8 ? kManyTiles / 8 : fair < kManyTiles ? fair : kManyTiles;
-        if (chunk_tiles > tiles) chunk_tiles = tiles;
+        chunk_tiles = tiles_per_chunk();
         tile_chunks = ceil_div(tiles, chunk_tiles);
+        if (threads > blocks * tile_chunks) threads = (int)(blocks * tile_chunks);
         slot_floats = 32 * block_words + per_block * (block_words * exact.word_floats + chunk_tiles * kTile);
         slots = memory.take<float>(threads * round_up(slot_floats, 16));
     }
@@ -93,6 +59,7 @@ struct ManyExact : Shape {
         const int64_t count = job.tokens - token < per_block ? job.tokens - token : per_block;
         const int64_t end = first_tile + chunk_tiles < tiles ? first_tile + chunk_tiles : tiles;
         const int64_t sums_step = chunk_tiles * kTile;
+        const int64_t ahead = words * kTile > kStreamAhead ? words * kTile : kStreamAhead;  // the block in the next tile
         float *x = memory, *tables = x + 32 * block_words, *sums = tables + per_block * block_words * exact.word_floats;
         memset(sums, 0, sizeof(float) * (size_t)(count * sums_step));
         for (int64_t first = 0, last; first < words; first = last) {
@@ -103,13 +70,21 @@ struct ManyExact : Shape {
                 exact.tables(tables + t * exact.entries, x, last - first, (int)count);
             }
             for (int64_t i = first_tile; i < end; i++) {
-                exact.tile(sums + (i - first_tile) * kTile, sums_step, tables, (int)count,
-                           tile(i, first, last, words * kTile));
+                exact.tile(sums + (i - first_tile) * kTile, sums_step, tables, (int)count, tile(i, first, last, ahead));
             }
         }
         for (int64_t i = first_tile; i < end; i++) {
             for (int64_t t = 0; t < count; t++) job.y.put(token + t, i, sums + t * sums_step + (i - first_tile) * kTile);
         }
+    }
+    // Small, so that nobody waits long for the last chunk, but tables are not for a few tiles only if all have work.
+    int64_t tiles_per_chunk() const {
+        const int64_t all = threads == 1 ? kMostTiles : tiles * blocks;
+        int64_t count = ceil_div(all, 6 * threads);
+        if (count < kFairTiles) count = kFairTiles;
+        if (count > ceil_div(all, threads)) count = ceil_div(all, threads);
+        if (count > kMostTiles) count = kMostTiles;
+        return threads == 1 || count > tiles ? lesser(tiles, kMostTiles) : count;
     }
     // A block ends where a piece of the whole row does.
     int64_t block_end(int64_t first) const {
@@ -179,8 +154,7 @@ struct Int8Product : Shape {
 
 template <class Use> void with_strategy(const SignJob& job, Carver& memory, const Use& use) {
     if (job.activation == HFQ_INT8) use(Int8Product(job, memory));
-    else if (FewExact::suits(job)) use(FewExact(job, memory));
-    else use(ManyExact(job, memory));
+    else use(ExactProduct(job, memory));
 }
 
 }  // namespace
