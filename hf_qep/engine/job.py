@@ -16,7 +16,7 @@ from hf_qep.architectures.skeleton import block_inputs, forward_only
 from hf_qep.architectures.structure import LinearRef, Structure, describe
 from hf_qep.architectures.tables import Table, find_tables
 from hf_qep.config import AUTO, QepConfig
-from hf_qep.conversion import settle
+from hf_qep.conversion import finish_loading, settle
 from hf_qep.distill.teacher import take_teacher
 from hf_qep.engine.allocation import allocate
 from hf_qep.engine.block import Job, quantize_block
@@ -160,6 +160,7 @@ def _mark_quantized(model: nn.Module, config: QepConfig) -> None:
     """Leave the model as `from_pretrained` leaves a quantised one, so that saving writes the config."""
     config = type(config)(**{k: v for k, v in config.to_dict().items() if k != "quant_method"})
     settle(model, config)
+    finish_loading(model, config)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, config.quant_method

@@ -231,7 +231,7 @@ def test_weights_that_are_not_finite_are_refused_with_the_name():
 
 
 @pytest.mark.parametrize(
-    ("columns", "group"), [(4096, 64), (288, 48), (172, 43), (94, 47), (97, None), (64, 32), (8, None)]
+    ("columns", "group"), [(4096, 128), (288, 48), (172, 43), (94, 47), (97, None), (64, 32), (8, None)]
 )
 def test_four_bits_have_scales_for_as_many_columns_as_the_width_allows(columns, group):
     config = tf.LlamaConfig(

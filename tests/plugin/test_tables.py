@@ -18,7 +18,6 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from hf_qep import QepConfig
 from hf_qep.accounting import bits_report
 from hf_qep.cli.inspect import describe_checkpoint
-from hf_qep.conversion import finish_loading
 from hf_qep.engine.calibration import Calibration
 from hf_qep.engine.job import quantize_model
 from hf_qep.errors import CheckpointError
@@ -43,7 +42,6 @@ TIED = ["qwen3", "cohere2", "cohere2_vision", "gpt2", "bert"]
 def quantized(model: PreTrainedModel, batch: dict, **options: object) -> PreTrainedModel:
     config = QepConfig(method="rtn", num_samples=8, seq_len=16, **options)
     quantize_model(model, config, Calibration(batch, {}, "", batch["input_ids"].numel()))
-    finish_loading(model, config)
     return model
 
 

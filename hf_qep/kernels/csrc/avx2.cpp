@@ -148,7 +148,7 @@ void any_tile(float* sums, int64_t sums_step, const float* table, int tokens, co
 
 // --- integer codes ---
 
-// 4 bits: a register of 8 words holds half a block, nibble i of word l is input 8l + i. 8 bits: the order of the inputs.
+// 4 bits: a register of 8 words is half a block, nibble i of word l is input 8l + i. 8 bits: the order of the inputs.
 void arrange(float* dst, const float* x, int bits, int64_t blocks) {
     if (bits == 8) {
         memcpy(dst, x, sizeof(float) * (size_t)(kCodeBlock * blocks));
@@ -223,7 +223,9 @@ void code_rows(float* sums, const float* x, int64_t x_step, const uint32_t* code
     };
     const auto collect = [&](int r, __m256 factor) {
 #pragma GCC unroll 16
-        for (int i = 0; i < A * T; i++) total[r][i % T] = _mm256_fmadd_ps(acc[r][i / T][i % T], factor, total[r][i % T]);
+        for (int i = 0; i < A * T; i++) {
+            total[r][i % T] = _mm256_fmadd_ps(acc[r][i / T][i % T], factor, total[r][i % T]);
+        }
     };
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) clear(r);

@@ -11,7 +11,7 @@ inline __m256i maximum(__m256i v, const float* x) {
     return _mm256_max_epu32(v, bits);
 }
 
-// Scale of n inputs, a multiple of 32. The largest is found among the bits as integers, where a NaN is above all numbers.
+// Scale of n inputs, a multiple of 32. The largest is found by its bits as an integer, where NaN is above all numbers.
 inline float scale_of(const float* x, int64_t n, float* inverse) {
     __m256i a = _mm256_setzero_si256(), b = a;
     for (int64_t i = 0; i < n; i += 16) {
@@ -86,8 +86,8 @@ inline void fold(float* sums, __m256i pairs, int32_t start, float factor, const 
     _mm256_storeu_ps(sums, _mm256_fmadd_ps(v, _mm256_set1_ps(factor), _mm256_loadu_ps(sums)));
 }
 
-// One block of 8 rows. A bit that is isolated in each weight byte, as 0 or 2^b with b < 4, is the unsigned operand as it
-// stands; acc[b] collects bits b and b + 4 and is shifted at the end. int16 suffices: a word adds at most
+// One block of 8 rows. A bit that is isolated in each weight byte, as 0 or 2^b with b < 4, is the unsigned operand as
+// it stands; acc[b] collects bits b and b + 4 and is shifted at the end. int16 suffices: a word adds at most
 // 2 products * 2 nibbles * 8 * 128 = 4096, a block 16384.
 inline __m256i block_pairs(const int8_t* values, const uint32_t* words, int64_t count, int64_t ahead) {
     __m256i acc[4];
@@ -124,7 +124,7 @@ void tile1(float* sums, const Quantized& x, const Tile& tile) {
 
 // T tokens, 16 rows. Each bit is isolated once, as 0 or 1, for all tokens; a word adds at most 8 * 2 * 128 = 2048.
 template <int T>
-void block_rows(float* sums, int64_t sums_step, const Quantized& x, const Tile& tile, const Pieces& block, int64_t row) {
+void block_rows(float* sums, int64_t sums_step, const Quantized& x, const Tile& tile, const Pieces& block, int row) {
     const __m256i one = _mm256_set1_epi8(1);
     __m256i acc[T][2];
 #pragma GCC unroll 4
@@ -157,7 +157,7 @@ void block_rows(float* sums, int64_t sums_step, const Quantized& x, const Tile& 
 template <int T>
 void tile(float* sums, int64_t sums_step, const Quantized& x, const Tile& tile) {
     for (Pieces block(tile.first, tile.last, tile.group_words, kBlockWords); block.next();) {
-        for (int64_t row = 0; row < 64; row += 16) block_rows<T>(sums, sums_step, x, tile, block, row);
+        for (int row = 0; row < 64; row += 16) block_rows<T>(sums, sums_step, x, tile, block, row);
     }
 }
 

@@ -58,7 +58,7 @@ void finish(void* y, int dtype, const float* sums, const uint16_t* scale, const 
     }
 }
 
-// --- exact sums: 16 sums of 4 inputs fill a register, and vpermps with a weight nibble picks one for each of 16 rows ---
+// --- exact sums: 16 sums of 4 inputs fill a register, and vpermps picks one for each of 16 rows by a weight nibble ---
 
 void tables(float* table, const float* x, int64_t words, int tokens) {
     const __mmask16 plus[4] = {0xAAAA, 0xCCCC, 0xF0F0, 0xFF00};  // entry i has bit j set: input j counts as +
@@ -74,7 +74,8 @@ void tables(float* table, const float* x, int64_t words, int tokens) {
 
 // acc[t][r] += 4 inputs of 16 rows r. vpermps reads only the low 4 bits of an index, so nothing needs masking.
 template <int T>
-inline __attribute__((always_inline)) void add_nibble(__m512 (&acc)[T][4], const float* table, const __m512i (&index)[4]) {
+inline __attribute__((always_inline)) void add_nibble(__m512 (&acc)[T][4], const float* table,
+                                                      const __m512i (&index)[4]) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
         const __m512 entries = _mm512_load_ps(table + 16 * t);
@@ -85,10 +86,11 @@ inline __attribute__((always_inline)) void add_nibble(__m512 (&acc)[T][4], const
     }
 }
 
-// acc[t][r] += one word of 16 rows r, for few tokens: bound by the permutes. On Zen 4 a shift takes their port, and a high
-// multiply, which is as good for less than 16 bits, does not.
+// acc[t][r] += one word of 16 rows r, for few tokens: bound by the permutes. On Zen 4 a shift takes their port, and a
+// high multiply, which is as good for less than 16 bits, does not.
 template <int T>
-inline __attribute__((always_inline)) void add_word_few(__m512 (&acc)[T][4], const float* table, const uint32_t* words) {
+inline __attribute__((always_inline)) void add_word_few(__m512 (&acc)[T][4], const float* table,
+                                                        const uint32_t* words) {
     const __m512i shift[4] = {_mm512_setzero_si512(), _mm512_set1_epi16(1 << 12), _mm512_set1_epi16(1 << 8),
                               _mm512_set1_epi16(1 << 4)};
     __m512i w[4], index[4];
@@ -105,10 +107,11 @@ inline __attribute__((always_inline)) void add_word_few(__m512 (&acc)[T][4], con
     }
 }
 
-// The same for many tokens, whose sums fill the registers: words are read again for each nibble, and the loop stays one,
-// because the compiler mixes the steps of an unrolled one until sums spill, at half the speed.
+// The same for many tokens, whose sums fill the registers: words are read again for each nibble, and the loop stays
+// one, because the compiler mixes the steps of an unrolled one until sums spill, at half the speed.
 template <int T>
-inline __attribute__((always_inline)) void add_word_many(__m512 (&acc)[T][4], const float* table, const uint32_t* words) {
+inline __attribute__((always_inline)) void add_word_many(__m512 (&acc)[T][4], const float* table,
+                                                         const uint32_t* words) {
 #pragma GCC unroll 1
     for (int i = 0; i < 8; i++) {
         __m512i index[4];
@@ -221,7 +224,9 @@ void code_rows(float* sums, const float* x, int64_t x_step, const uint32_t* code
     };
     const auto collect = [&](int r, __m512 factor) {
 #pragma GCC unroll 16
-        for (int i = 0; i < A * T; i++) total[r][i % T] = _mm512_fmadd_ps(acc[r][i / T][i % T], factor, total[r][i % T]);
+        for (int i = 0; i < A * T; i++) {
+            total[r][i % T] = _mm512_fmadd_ps(acc[r][i / T][i % T], factor, total[r][i % T]);
+        }
     };
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) clear(r);

@@ -12,7 +12,7 @@ namespace {
 
 inline __m512i magnitude(__m512 v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
 
-// Scale of n inputs, a multiple of 32. The largest is found among the bits as integers, where a NaN is above all numbers.
+// Scale of n inputs, a multiple of 32. The largest is found by its bits as an integer, where NaN is above all numbers.
 inline float scale_of(const float* x, int64_t n, float* inverse) {
     __m512i top = _mm512_setzero_si512();
     for (int64_t i = 0; i < n; i += 16) top = _mm512_max_epu32(top, magnitude(_mm512_loadu_ps(x + i)));
@@ -114,8 +114,8 @@ inline __attribute__((always_inline)) void add_word(__m512i (&acc)[T][2], const 
         __m512i bit[2];
 #pragma GCC unroll 2
         for (int s = 0; s < 2; s++) {
-            const __m512i moved = b == 0 ? _mm512_add_epi32(w[s], w[s]) : b == 1 ? w[s] : _mm512_srli_epi32(w[s], b - 1);
-            bit[s] = _mm512_and_si512(moved, two);
+            const __m512i moved = b == 0 ? _mm512_add_epi32(w[s], w[s]) : _mm512_srli_epi32(w[s], b - 1);
+            bit[s] = _mm512_and_si512(b == 1 ? w[s] : moved, two);
         }
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {

@@ -1,5 +1,5 @@
-// Products with integer codes. A chunk is some units of 64 rows times a block of tokens; each row is summed in one fixed
-// order, so results do not depend on the number of threads.
+// Products with integer codes. A chunk is some units of 64 rows times a block of tokens; each row is summed in one
+// fixed order, so results do not depend on the number of threads.
 #include <string.h>
 #include "driver.h"
 #include "pool.h"
@@ -9,7 +9,7 @@ namespace hfq {
 namespace {
 
 constexpr int64_t kTokens = 4;                  // of a unit's kernel
-constexpr int64_t kBlockBytes = 512 << 10;      // of activations at a time, about: they are read again for every 64 rows
+constexpr int64_t kBlockBytes = 512 << 10;      // of activations at a time: they are read again for each unit
 
 struct Rows {
     const CodeJob& job;
@@ -19,13 +19,11 @@ struct Rows {
     explicit Rows(const CodeJob& j)
         : job(j), scale_words(ceil_div(j.groups, 2)), code_words(ceil_div(j.x.width * j.bits, 32)), units(j.y.tiles()),
           threads(useful_threads(j.threads, (double)j.y.width * j.x.width * j.bits * j.tokens)) {
-        block_tokens = round_up(ceil_div(kBlockBytes, 4 * j.x.width), kTokens);
-        if (block_tokens > j.tokens) block_tokens = j.tokens;
+        block_tokens = lesser(round_up(ceil_div(kBlockBytes, 4 * j.x.width), kTokens), j.tokens);
     }
     const uint32_t* row(int64_t r) const { return job.words + r * job.row_words; }
     int64_t rows_of(int64_t unit) const {
-        const int64_t rows = job.y.width - unit * kTile;
-        return rows < kTile ? rows : kTile;
+        return lesser(job.y.width - unit * kTile, kTile);
     }
     // The scales at the head of a row; they are little-endian float16, so their address will do.
     const uint16_t* scales(int64_t r) const { return (const uint16_t*)row(r); }
@@ -33,11 +31,11 @@ struct Rows {
     // prepare(token, count), then unit(slot, unit, token, count) for all units, for each block of tokens.
     template <class Prepare, class Unit> void run(const Prepare& prepare, const Unit& unit) const {
         for (int64_t token = 0; token < job.tokens; token += block_tokens) {
-            const int64_t count = job.tokens - token < block_tokens ? job.tokens - token : block_tokens;
+            const int64_t count = lesser(job.tokens - token, block_tokens);
             prepare(token, count);
             const int64_t step = units_per_chunk(units, 32.0 * kTile * code_words * count, threads);
             parallel(threads, ceil_div(units, step), [&](int slot, int64_t chunk) {
-                const int64_t end = (chunk + 1) * step < units ? (chunk + 1) * step : units;
+                const int64_t end = lesser((chunk + 1) * step, units);
                 for (int64_t u = chunk * step; u < end; u++) unit(slot, u, token, count);
             });
         }
@@ -93,7 +91,7 @@ struct Blocks : Rows {
         const CodeRows from_rows = {row(first) + scale_words, scale, job.row_words, code_words, blocks, job.bits};
         for (int64_t t = 0; t < count; t += kTokens) {
             alignas(64) float sums[kTokens * kTile];
-            const int64_t some = count - t < kTokens ? count - t : kTokens;
+            const int64_t some = lesser(count - t, kTokens);
             if (job.activation == HFQ_EXACT) {
                 isa().codes_exact->rows(sums, x + t * padded, padded, (int)some, (int)rows, from_rows);
             } else {

@@ -43,7 +43,7 @@ struct Stages {
 };
 
 int run_stages(Stages& stages, int64_t tokens) {
-    const int64_t most = tokens < kMiddleTokens ? tokens : kMiddleTokens, rest = tokens % most;
+    const int64_t most = lesser(tokens, kMiddleTokens), rest = tokens % most;
     float* middle = (float*)scratch(kForMiddle, sizeof(float) * (size_t)(most * stages.left.x.width));
     stages.set_tokens(most);
     size_t bytes = stages.scratch_bytes();
@@ -81,7 +81,7 @@ int64_t units_per_chunk(int64_t units, double bits_per_unit, int threads) {
 void Output::put(int64_t token, int64_t tile, const float* sums, const uint16_t* own) const {
     const Convert& convert = *isa().convert;
     const size_t size = size_of(dtype);
-    const int64_t row = tile * kTile, rows = width - row < kTile ? width - row : kTile;
+    const int64_t row = tile * kTile, rows = lesser(width - row, kTile);
     char* to = (char*)at + size * (size_t)(token * width + row);
     const uint16_t* factors = scale ? scale + row : own;
     const char* add = bias ? (const char*)bias + size * (size_t)row : nullptr;
@@ -132,8 +132,9 @@ int hfq_factored_linear(void* y, const void* x, int dtype, int64_t tokens, int64
     return run_stages(stages, tokens);
 }
 
-int hfq_integer_linear(void* y, const void* x, int dtype, int64_t tokens, int64_t out, int64_t in, const uint32_t* words,
-                       int64_t row_words, int bits, int64_t groups, const void* bias, int activation, int threads) {
+int hfq_integer_linear(void* y, const void* x, int dtype, int64_t tokens, int64_t out, int64_t in,
+                       const uint32_t* words, int64_t row_words, int bits, int64_t groups, const void* bias,
+                       int activation, int threads) {
     if (!common_ok(y, x, dtype, tokens, out, in, activation, threads) || !words || (bits != 4 && bits != 8) ||
         !groups_ok(in, groups, 1) || row_words < ceil_div(groups, 2) + ceil_div(in * bits, 32)) {
         return HFQ_BAD_ARGUMENT;

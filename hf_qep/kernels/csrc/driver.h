@@ -7,6 +7,7 @@
 
 namespace hfq {
 
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline size_t size_of(int dtype) { return dtype == HFQ_F32 ? 4 : 2; }

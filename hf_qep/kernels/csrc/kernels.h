@@ -1,7 +1,7 @@
-// What an instruction set provides, and what the driver hands to it. One table of functions per unit, chosen at run time.
+// What an instruction set provides, and what the driver hands to it: tables of functions, chosen at run time.
 //
-// A unit is compiled with flags of its own, so nothing with external linkage may be shared between units but plain data:
-// the linker keeps one copy of an inline function, and that copy may hold instructions that the machine lacks. Headers for
+// A unit is compiled with flags of its own, so nothing with external linkage may be shared between units but data: the
+// linker keeps one copy of an inline function, and that copy may hold instructions that the machine lacks. Headers for
 // units put everything into an unnamed namespace, and units call no templates of the standard library.
 #pragma once
 #include <stddef.h>
@@ -44,7 +44,7 @@ struct Exact {
 
 // int8 activations: x = scale * value, one scale per block of kBlockWords words; blocks begin anew with each group.
 // Order in a word: values[32k + 4b + j] = input 32k + 8j + b, so that dword b serves bit b of the four weight bytes.
-// A block with a NaN or an infinity has a NaN for its scale, so that every sum with it is NaN; its values do not matter.
+// A block with a NaN or an infinity has a NaN for its scale: every sum with it is NaN, and its values do not matter.
 struct Quantized {
     int8_t* values;            // token t at t * value_step
     float* scale;              // token t at t * block_step

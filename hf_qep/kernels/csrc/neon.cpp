@@ -66,8 +66,8 @@ void tables(float* table, const float* x, int64_t words, int tokens) {
     }
 }
 
-// acc[t][r] += one word of 4 rows r. The nibbles of a word are made byte offsets; those of byte B, one per row, are then
-// spread over the bytes of their row.
+// acc[t][r] += one word of 4 rows r. The nibbles of a word are made byte offsets; those of byte B, one per row, are
+// then spread over the bytes of their row.
 template <int T, int B>
 inline __attribute__((always_inline)) void add_byte(float32x4_t (&acc)[T][4], const float* table,
                                                     const uint8x16_t (&offset)[2][4]) {

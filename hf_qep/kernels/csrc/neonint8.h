@@ -6,7 +6,7 @@ namespace {
 
 // --- activations ---
 
-// Scale of n inputs, a multiple of 32. The largest is found among the bits as integers, where a NaN is above all numbers.
+// Scale of n inputs, a multiple of 32. The largest is found by its bits as an integer, where NaN is above all numbers.
 inline float scale_of(const float* x, int64_t n, float* inverse) {
     uint32x4_t top = vdupq_n_u32(0);
     for (int64_t i = 0; i < n; i += 4) top = vmaxq_u32(top, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(x + i))));

@@ -21,8 +21,8 @@ inline void relax() {
 #endif
 }
 
-// What there is to claim, in one word. Were the count a variable of its own, a late helper of the last job could claim a
-// chunk of the next one between two writes.
+// What there is to claim, in one word. Were the count a variable of its own, a late helper of the last job could claim
+// a chunk of the next one between two writes.
 struct Claim {
     static constexpr int kIndexBits = 17, kThreadBits = 9;
     static_assert(kMaxChunks == int64_t(1) << kIndexBits && kMaxThreads < 1 << kThreadBits);
@@ -62,7 +62,7 @@ public:
     }
 
 private:
-    // first_, fn_ and body_ are read after a claim: the job cannot end, and they cannot change, before that chunk is counted.
+    // first_, fn_ and body_ are read after a claim: before that chunk is counted the job cannot end, nor they change.
     void take(uint32_t job, int slot) {
         Claim seen{claim_.load(std::memory_order_acquire)};
         while (seen.job() == Claim::number(job) && slot < seen.threads() && seen.next() < seen.chunks()) {

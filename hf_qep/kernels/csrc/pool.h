@@ -8,7 +8,7 @@ constexpr int kMaxThreads = 256;
 
 using ChunkFn = void (*)(const void* body, int slot, int64_t chunk);
 
-// Runs body(slot, chunk) for each chunk, on at most `threads` threads: the caller is slot 0, helpers are 1 .. threads - 1,
+// Runs body(slot, chunk) for each chunk, on at most `threads` threads: the caller is slot 0, helpers 1 .. threads - 1,
 // and a slot runs one chunk at a time. Which slot runs a chunk is up to chance. While another caller has the pool, this
 // one does all its chunks itself. threads <= kMaxThreads.
 void run_chunks(int threads, int64_t chunks, ChunkFn fn, const void* body);

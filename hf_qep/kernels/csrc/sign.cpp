@@ -56,17 +56,16 @@ struct ExactProduct : Shape {
     }
     void one_chunk(float* memory, int64_t token, int64_t first_tile) const {
         const Exact& exact = *isa().exact;
-        const int64_t count = job.tokens - token < per_block ? job.tokens - token : per_block;
-        const int64_t end = first_tile + chunk_tiles < tiles ? first_tile + chunk_tiles : tiles;
+        const int64_t count = lesser(job.tokens - token, per_block);
+        const int64_t end = lesser(first_tile + chunk_tiles, tiles);
         const int64_t sums_step = chunk_tiles * kTile;
-        const int64_t ahead = words * kTile > kStreamAhead ? words * kTile : kStreamAhead;  // the block in the next tile
+        const int64_t next_tile = words * kTile, ahead = next_tile < kStreamAhead ? kStreamAhead : next_tile;
         float *x = memory, *tables = x + 32 * block_words, *sums = tables + per_block * block_words * exact.word_floats;
         memset(sums, 0, sizeof(float) * (size_t)(count * sums_step));
         for (int64_t first = 0, last; first < words; first = last) {
             last = block_end(first);
             for (int64_t t = 0; t < count; t++) {
-                const int64_t width = 32 * last < job.x.width ? 32 * last : job.x.width;
-                job.x.load(x, token + t, 32 * first, width, 32 * (last - first));
+                job.x.load(x, token + t, 32 * first, lesser(32 * last, job.x.width), 32 * (last - first));
                 exact.tables(tables + t * exact.entries, x, last - first, (int)count);
             }
             for (int64_t i = first_tile; i < end; i++) {
@@ -74,26 +73,21 @@ struct ExactProduct : Shape {
             }
         }
         for (int64_t i = first_tile; i < end; i++) {
-            for (int64_t t = 0; t < count; t++) job.y.put(token + t, i, sums + t * sums_step + (i - first_tile) * kTile);
+            const float* own = sums + (i - first_tile) * kTile;
+            for (int64_t t = 0; t < count; t++) job.y.put(token + t, i, own + t * sums_step);
         }
     }
-    // Small, so that nobody waits long for the last chunk, but tables are not for a few tiles only if all have work.
+    // A few chunks per thread, so that nobody waits long for the last one, but not of so few tiles that tables cost.
     int64_t tiles_per_chunk() const {
-        const int64_t all = threads == 1 ? kMostTiles : tiles * blocks;
-        int64_t count = ceil_div(all, 6 * threads);
-        if (count < kFairTiles) count = kFairTiles;
-        if (count > ceil_div(all, threads)) count = ceil_div(all, threads);
-        if (count > kMostTiles) count = kMostTiles;
-        return threads == 1 || count > tiles ? lesser(tiles, kMostTiles) : count;
+        if (threads == 1) return lesser(tiles, kMostTiles);
+        const int64_t share = ceil_div(tiles * blocks, threads), part = ceil_div(share, 6);
+        const int64_t count = part < kFairTiles ? lesser(share, kFairTiles) : part;
+        return lesser(lesser(count, kMostTiles), tiles);
     }
     // A block ends where a piece of the whole row does.
     int64_t block_end(int64_t first) const {
-        int64_t last = first + block_words;
-        if (group_words >= kPieceWords) {
-            const int64_t group_end = (first / group_words + 1) * group_words;
-            if (last > group_end) last = group_end;
-        }
-        return last < words ? last : words;
+        const int64_t last = lesser(first + block_words, words);
+        return group_words < kPieceWords ? last : lesser(last, (first / group_words + 1) * group_words);
     }
 };
 
@@ -106,8 +100,8 @@ struct Int8Product : Shape {
     Int8Product(const SignJob& j, Carver& memory) : Shape(j) {
         q.value_step = round_up(padded, 64);
         q.block_step = words / group_words * ceil_div(group_words, kBlockWords);
-        block_tokens = round_up(ceil_div(kQuantizedBytes, q.value_step), isa().int8->max_tokens);
-        if (block_tokens > job.tokens) block_tokens = job.tokens;
+        const int64_t most = round_up(ceil_div(kQuantizedBytes, q.value_step), isa().int8->max_tokens);
+        block_tokens = lesser(most, job.tokens);
         q.values = memory.take<int8_t>(block_tokens * q.value_step);
         q.scale = memory.take<float>(block_tokens * q.block_step);
         q.start = memory.take<int32_t>(block_tokens * q.block_step);
@@ -119,11 +113,11 @@ struct Int8Product : Shape {
     }
     void run() const {
         for (int64_t token = 0; token < job.tokens; token += block_tokens) {
-            const int64_t count = job.tokens - token < block_tokens ? job.tokens - token : block_tokens;
+            const int64_t count = lesser(job.tokens - token, block_tokens);
             quantize(token, count);
             const int64_t step = units_per_chunk(tiles, tile_bits() * count, threads);
             parallel(threads, ceil_div(tiles, step), [&](int, int64_t chunk) {
-                const int64_t end = (chunk + 1) * step < tiles ? (chunk + 1) * step : tiles;
+                const int64_t end = lesser((chunk + 1) * step, tiles);
                 for (int64_t i = chunk * step; i < end; i++) one_tile(i, token, count);
             });
         }
@@ -131,7 +125,7 @@ struct Int8Product : Shape {
     void quantize(int64_t token, int64_t count) const {
         const int64_t step = units_per_chunk(count, 8.0 * padded, threads);
         parallel(threads, ceil_div(count, step), [&](int slot, int64_t chunk) {
-            const int64_t end = (chunk + 1) * step < count ? (chunk + 1) * step : count;
+            const int64_t end = lesser((chunk + 1) * step, count);
             for (int64_t t = chunk * step; t < end; t++) {
                 float* own = x + slot * padded;
                 job.x.load(own, token + t, 0, job.x.width, padded);
@@ -145,7 +139,7 @@ struct Int8Product : Shape {
         const Tile from_tile = tile(i, 0, words, kStreamAhead);
         for (int64_t t = 0; t < count; t += int8.max_tokens) {
             alignas(64) float sums[kMaxTokens * kTile] = {};
-            const int64_t some = count - t < int8.max_tokens ? count - t : int8.max_tokens;
+            const int64_t some = lesser(count - t, int8.max_tokens);
             int8.tile(sums, kTile, from(t), (int)some, from_tile);
             for (int64_t s = 0; s < some; s++) job.y.put(token + t + s, i, sums + s * kTile);
         }
