@@ -61,11 +61,11 @@ def tiled_sign_linear(
 
     tiles int32 (ceil(out/height), ceil(in/32), height); row_scale float16 (out, 1), or tiled as the signs are.
     """
-    if _on_gpu(x, tiles) and triton_sign.serves(x, row_scale.shape[1] if row_scale.dim() == 3 else 1):
+    if _on_gpu(x) and triton_sign.serves(x, row_scale.shape[1] if row_scale.dim() == 3 else 1):
         scale = row_scale[0].t() if row_scale.dim() == 3 else row_scale
         return triton_sign.sign_linear(x, tiles[0], scale, column_scale, bias)
     operator = kernels().sign_linear
-    if operator is None or not _serves(x, tiles):
+    if operator is None or not _serves(x):
         x, rows = rounded_if(x, activation, column_scale, _group(x, row_scale)), _rows(row_scale, out_features)
         return sign_linear(x, untile(tiles, out_features), rows, column_scale, bias)
     bias = _like(bias, x)
@@ -85,10 +85,10 @@ def tiled_factored_linear(
     activation: str = EXACT,
 ) -> Tensor:
     """x (..., in) -> (..., out).  left tiled for (out, rank), right for (rank, in); scales float16 vectors."""
-    if _on_gpu(x, left) and triton_sign.serves(x):
+    if _on_gpu(x) and triton_sign.serves(x):
         return triton_sign.factored_linear(x, left[0], right[0], row, middle, column, bias)
     operator = kernels().factored_linear
-    if operator is None or not _serves(x, left):
+    if operator is None or not _serves(x):
         words = untile(left, row.shape[0]), untile(right, middle.shape[0])
         return factored_linear(x, *words, row, middle, column, bias, activation)
     bias = _like(bias, x)
@@ -135,13 +135,12 @@ def rounded_if(x: Tensor, activation: str, scale: Tensor | None, group: int | No
     return rounded_activations(x, scale, group) if activation == INT8 and not x.is_cuda else x
 
 
-def _serves(x: Tensor, tiles: Tensor | None = None) -> bool:
-    height = TILE if tiles is None else tiles.shape[-1]
-    return x.device.type == "cpu" and x.dtype in DTYPES and x.shape[-1] > 0 and height == TILE
+def _serves(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype in DTYPES and not triton_sign.INTERPRETED
 
 
-def _on_gpu(x: Tensor, tiles: Tensor) -> bool:
-    return (x.is_cuda or triton_sign.INTERPRETED) and tiles.shape[0] == 1
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda or triton_sign.INTERPRETED
 
 
 def _needs_grad(x: Tensor, bias: Tensor | None) -> bool:

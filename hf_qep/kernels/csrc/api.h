@@ -1,7 +1,8 @@
 // C interface of the processor kernels. Everything else in this folder is behind it.
 //
 // Matrices of signs come tiled ("T64"): words[ceil(out/64)][ceil(in/32)][64], uint32, 64-byte aligned, where bit j of
-// word (t, k, r) is the sign of W[64t + r][32k + j], 1 = +1. Rows beyond `out` are zero words, inputs beyond `in` zero bits.
+// word (t, k, r) is the sign of W[64t + r][32k + j], 1 = +1. Rows beyond `out` are zero words, inputs beyond `in` zero
+// bits.
 // Scales are float16. Activations, outputs and biases share one dtype; sums are float32.
 //
 // Every function returns 0, or HFQ_BAD_ARGUMENT or HFQ_NO_MEMORY and has then written nothing.
@@ -17,7 +18,7 @@ extern "C" {
 #define HFQ_NO_MEMORY 2
 
 enum { HFQ_F32 = 0, HFQ_F16 = 1, HFQ_BF16 = 2 };   // dtypes
-enum { HFQ_EXACT = 0, HFQ_INT8 = 1 };              // activations: float32, or int8 with one scale per token and 128 inputs
+enum { HFQ_EXACT = 0, HFQ_INT8 = 1 };              // activations: float32, or int8, a scale per token and 128 inputs
 
 #define HFQ_API __attribute__((visibility("default")))
 
@@ -39,8 +40,8 @@ HFQ_API int hfq_sign_linear(void* y, const void* x, int dtype, int64_t tokens, i
 
 // y = row o (S_left (middle o (S_right (column o x)))) + bias, without leaving the library in between.
 // left is tiled for (out, rank), right for (rank, in).
-HFQ_API int hfq_factored_linear(void* y, const void* x, int dtype, int64_t tokens, int64_t out, int64_t rank, int64_t in,
-                                const uint32_t* left, const uint32_t* right, const uint16_t* row,
+HFQ_API int hfq_factored_linear(void* y, const void* x, int dtype, int64_t tokens, int64_t out, int64_t rank,
+                                int64_t in, const uint32_t* left, const uint32_t* right, const uint16_t* row,
                                 const uint16_t* middle, const uint16_t* column, const void* bias, int activation,
                                 int threads);
 
