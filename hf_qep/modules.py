@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qep.errors import ConfigError
 from hf_qep.kernels.dispatch import EXACT, has_kernels
+from hf_qep.kernels.tiling import drop_pages
 from hf_qep.registry import FORMATS
 
 
@@ -175,6 +176,9 @@ class QepLinear(PackedTensors, nn.Linear):
         if tiles is not None:
             self._hold(tiles)
             self.tiled = True
+            for name in tiles.keys() & held.keys():
+                if tiles[name] is not held[name]:
+                    drop_pages(held[name])
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Dense weight (out, in)."""

@@ -10,6 +10,9 @@ rows. Files keep the order of `hf_qep.bitorder`; rows beyond the last are zero a
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -45,3 +48,32 @@ def as_words(packed: Tensor) -> Tensor:
         return packed
     octets = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4))
     return octets.clone(memory_format=torch.contiguous_format).view(torch.int32)
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Let go of the memory behind a tensor that is no longer needed, where that is a file mapped to memory.
+
+    Loaders hand out tensors that are parts of a mapped file, and a page once read counts as the process's own until the
+    whole file is let go of. Pages that were not changed come back from the file if someone asks again. Without effect
+    for other memory, and on systems without `/proc` or `madvise`.
+    """
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    if tensor.device.type != "cpu" or tensor.nbytes < 2 * mmap.PAGESIZE or not _is_mapped_file(start, end):
+        return
+    first, last = -(-start // mmap.PAGESIZE), end // mmap.PAGESIZE  # not the pages shared with neighbours
+    advise = ctypes.CDLL(None, use_errno=True).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    advise(first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE, mmap.MADV_DONTNEED)
+
+
+def _is_mapped_file(start: int, end: int) -> bool:
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            for line in maps:
+                area, _, _, _, node, *path = line.split(maxsplit=5)
+                low, high = (int(word, 16) for word in area.split("-"))
+                if low <= start < high:
+                    return end <= high and node != "0" and bool(path)
+    except OSError:
+        pass
+    return False

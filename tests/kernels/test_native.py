@@ -319,3 +319,17 @@ def test_without_native_kernels_tiles_still_mean_the_same(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(dispatch, "kernels", lambda: native.Kernels("torch", why="a test"))
             assert torch.equal(fast(x), layer(x))
+
+
+def test_pages_of_a_mapped_file_are_let_go_of_and_come_back(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    saved = torch.arange(1 << 16, dtype=torch.int32)
+    save_file({"first": saved.clone(), "second": saved + 1}, tmp_path / "x.safetensors")
+    found = load_file(tmp_path / "x.safetensors")
+    tiling.drop_pages(found["first"])
+    assert torch.equal(found["first"], saved)  # read from the file again
+    assert torch.equal(found["second"], saved + 1)
+    memory = saved.clone()
+    tiling.drop_pages(memory)
+    assert torch.equal(memory, saved)

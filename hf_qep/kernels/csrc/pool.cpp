@@ -133,7 +133,10 @@ Pool* pool() {
 
 }  // namespace
 
+thread_local Executor borrowed = nullptr;
+
 void run_chunks(int threads, int64_t chunks, ChunkFn fn, const void* body) {
+    if (borrowed) return borrowed(threads, chunks, fn, body);
     Pool* p = pool();
     if (p && p->acquire()) {
         for (int64_t first = 0; first < chunks; first += kMaxChunks - 1) {

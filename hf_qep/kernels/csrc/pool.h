@@ -13,6 +13,10 @@ using ChunkFn = void (*)(const void* body, int slot, int64_t chunk);
 // one does all its chunks itself. threads <= kMaxThreads.
 void run_chunks(int threads, int64_t chunks, ChunkFn fn, const void* body);
 
+// What the calling thread takes in place of the pool, if anything; same contract.
+using Executor = void (*)(int threads, int64_t chunks, ChunkFn fn, const void* body);
+extern thread_local Executor borrowed;
+
 template <class Body> void parallel(int threads, int64_t chunks, const Body& body) {
     if (threads <= 1 || chunks <= 1) {
         for (int64_t c = 0; c < chunks; c++) body(0, c);

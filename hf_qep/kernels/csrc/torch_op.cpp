@@ -1,7 +1,9 @@
 // The kernels as torch operators, over the stable ABI (torch >= 2.10): no C++ symbol of torch and none of Python, so
 // one build serves every Python and every later torch. Schemas are defined in kernels/native.py, fakes and gradients too.
 #include "api.h"
+#include "pool.h"
 
+#include <atomic>
 #include <optional>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -77,6 +79,23 @@ void check_done(int status) {
     STD_TORCH_CHECK(status == 0, "a packed product was given sizes that do not fit");
 }
 
+// Chunks on torch's own threads. After a parallel region those spin for a while, waiting for the next one, and helpers
+// of the pool would share the cores with them: a token of a 1B model took 1.8 times as long on two threads. The price
+// is that of every parallel product of torch: it ends when the last thread was scheduled, also where a core is busy.
+void on_threads_of_torch(int threads, int64_t chunks, hfq::ChunkFn fn, const void* body) {
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+        for (int64_t slot = first; slot < last; slot++) {
+            for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) fn(body, (int)slot, c);
+        }
+    });
+}
+
+struct Borrow {
+    Borrow() { hfq::borrowed = on_threads_of_torch; }
+    ~Borrow() { hfq::borrowed = nullptr; }
+};
+
 int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 int64_t tokens_of(const Tensor& x, int64_t in) { return in == 0 ? 0 : x.numel() / in; }
@@ -88,6 +107,7 @@ Tensor sign_linear(const Tensor& given, const Tensor& tiles, const Tensor& row_s
     const uint16_t* rows = scales(row_scale, groups > 1 || row_scale.dim() == 3 ? (out + 63) / 64 * groups * 64 : out);
     const uint16_t* columns = column_scale.has_value() ? scales(*column_scale, in) : nullptr;
     Tensor y = output_for(x, out);
+    const Borrow borrow;
     check_done(hfq_sign_linear(y.data_ptr(), x.const_data_ptr(), dtype_of(x), tokens_of(x, in), out, in,
                                tiles_of(tiles, out, in), rows, groups, columns, bias_of(bias, x, out),
                                static_cast<int>(activation), threads()));
@@ -99,6 +119,7 @@ Tensor factored_linear(const Tensor& given, const Tensor& left, const Tensor& ri
     const Tensor x = dense(given);
     const int64_t in = x.size(x.dim() - 1), out = row.numel(), rank = middle.numel();
     Tensor y = output_for(x, out);
+    const Borrow borrow;
     check_done(hfq_factored_linear(y.data_ptr(), x.const_data_ptr(), dtype_of(x), tokens_of(x, in), out, rank, in,
                                    tiles_of(left, out, rank), tiles_of(right, rank, in), scales(row, out),
                                    scales(middle, rank), scales(column, in), bias_of(bias, x, out),
@@ -113,6 +134,7 @@ Tensor integer_linear(const Tensor& given, const Tensor& words, const Optional& 
     check_packed(words, ScalarType::Int, "codes must be contiguous int32");
     STD_TORCH_CHECK(width == (groups + 1) / 2 + (in * bits + 31) / 32, "codes do not fit the width of x");
     Tensor y = output_for(x, out);
+    const Borrow borrow;
     check_done(hfq_integer_linear(y.data_ptr(), x.const_data_ptr(), dtype_of(x), tokens_of(x, in), out, in,
                                   static_cast<const uint32_t*>(words.const_data_ptr()), width, static_cast<int>(bits),
                                   groups, bias_of(bias, x, out), static_cast<int>(activation), threads()));
