@@ -198,73 +198,16 @@ inline float sum_lanes(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-// The words of a block of a row, or if the row ends before the block, a copy that is filled up with zeros.
-template <int WORDS>
-inline const uint32_t* whole_block(const uint32_t* words, int64_t have, uint32_t (&copy)[WORDS]) {
-    for (int i = 0; i < WORDS; i += 16) _mm_prefetch((const char*)(words + kCodesAhead + i), _MM_HINT_T0);
-    if (have >= WORDS) return words;
-    memset(copy, 0, sizeof copy);
-    memcpy(copy, words, (size_t)have * 4);
-    return copy;
-}
+using Vector = __m256;
+inline Vector zeros() { return _mm256_setzero_ps(); }
+inline Vector all(float v) { return _mm256_set1_ps(v); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
-// R rows and T tokens at once, with so many sums of A parts that additions do not wait for each other.
-template <int T, int R, int BITS>
-void code_rows(float* sums, const float* x, int64_t x_step, const uint32_t* codes, const float* scale,
-               const CodeRows& from) {
-    constexpr int kWords = 4 * BITS, A = R * T >= 4 ? 1 : 4 / (R * T);
-    __m256 total[R][T], acc[R][A][T];
-    for (int r = 0; r < R; r++) {
-        for (int t = 0; t < T; t++) total[r][t] = _mm256_setzero_ps();
-    }
-    const auto clear = [&](int r) {
-#pragma GCC unroll 16
-        for (int i = 0; i < A * T; i++) acc[r][i / T][i % T] = _mm256_setzero_ps();
-    };
-    const auto collect = [&](int r, __m256 factor) {
-#pragma GCC unroll 16
-        for (int i = 0; i < A * T; i++) {
-            total[r][i % T] = _mm256_fmadd_ps(acc[r][i / T][i % T], factor, total[r][i % T]);
-        }
-    };
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) clear(r);
-    for (int64_t b = 0; b < from.blocks; b++) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            uint32_t copy[kWords];
-            const uint32_t* words = whole_block(codes + r * from.row_words + kWords * b, from.words - kWords * b, copy);
-            add_block<T, A, BITS>(acc[r], words, x + kCodeBlock * b, x_step);
-            if (scale) {
-                collect(r, _mm256_set1_ps(scale[r * from.blocks + b]));
-                clear(r);
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-        collect(r, _mm256_set1_ps(1));
-        for (int t = 0; t < T; t++) sums[64 * t + r] = sum_lanes(total[r][t]);
-    }
-}
+}  // namespace
 
-template <int T, int BITS>
-void all_code_rows(float* sums, const float* x, int64_t x_step, int rows, const CodeRows& from) {
-    constexpr int R = T <= 2 ? 1 : 2;  // one linear stream where memory is the limit
-    int r = 0;
-    const auto scale = [&] { return from.scale ? from.scale + r * from.blocks : nullptr; };
-    for (; r + R <= rows; r += R) {
-        code_rows<T, R, BITS>(sums + r, x, x_step, from.codes + r * from.row_words, scale(), from);
-    }
-    for (; r < rows; r++) code_rows<T, 1, BITS>(sums + r, x, x_step, from.codes + r * from.row_words, scale(), from);
-}
+#include "exact_codes.h"
 
-void any_code_rows(float* sums, const float* x, int64_t x_step, int tokens, int rows, const CodeRows& from) {
-    constexpr decltype(&all_code_rows<1, 4>) kernels[2][4] = {
-        {all_code_rows<1, 4>, all_code_rows<2, 4>, all_code_rows<3, 4>, all_code_rows<4, 4>},
-        {all_code_rows<1, 8>, all_code_rows<2, 8>, all_code_rows<3, 8>, all_code_rows<4, 8>}};
-    kernels[from.bits == 8][tokens - 1](sums, x, x_step, rows, from);
-}
+namespace {
 
 constexpr hfq::Convert kConvert = {load, finish};
 constexpr hfq::Exact kExact = {8, kWordFloats, 3, tables, any_tile};

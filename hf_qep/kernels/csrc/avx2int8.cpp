@@ -231,15 +231,8 @@ void code_row(float* sums, const Quantized& x, const uint32_t* codes, const floa
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) total[t] = _mm256_setzero_ps();
     for (int64_t b = 0; b < from.blocks; b++) {
-        const int64_t have = from.words - kWords * b;
-        const uint32_t* words = codes + kWords * b;
-        uint32_t tail[kWords];
-        for (int i = 0; i < kWords; i += 16) _mm_prefetch((const char*)(words + kCodesAhead + i), _MM_HINT_T0);
-        if (have < kWords) {
-            memset(tail, 0, sizeof tail);
-            memcpy(tail, words, (size_t)have * 4);
-            words = tail;
-        }
+        uint32_t copy[kWords];
+        const uint32_t* words = whole_block(codes + kWords * b, from.words - kWords * b, copy);
         const float row_scale = scale ? scale[b] : 1;
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) {
@@ -253,22 +246,9 @@ void code_row(float* sums, const Quantized& x, const uint32_t* codes, const floa
     for (int t = 0; t < T; t++) sums[64 * t] = sum_lanes(total[t]);
 }
 
-template <int T, int BITS>
-void code_rows(float* sums, const Quantized& x, int rows, const CodeRows& from) {
-    for (int r = 0; r < rows; r++) {
-        const float* scale = from.scale ? from.scale + r * from.blocks : nullptr;
-        code_row<T, BITS>(sums + r, x, from.codes + r * from.row_words, scale, from);
-    }
-}
-
-void any_code_rows(float* sums, const Quantized& x, int tokens, int rows, const CodeRows& from) {
-    constexpr decltype(&code_rows<1, 4>) kernels[2][4] = {
-        {code_rows<1, 4>, code_rows<2, 4>, code_rows<3, 4>, code_rows<4, 4>},
-        {code_rows<1, 8>, code_rows<2, 8>, code_rows<3, 8>, code_rows<4, 8>}};
-    kernels[from.bits == 8][tokens - 1](sums, x, rows, from);
-}
-
 }  // namespace
+
+#include "int8_codes.h"
 
 const hfq::Int8 hfq::kAvx2Int8 = {4, quantize, any_tile};
 const hfq::CodesInt8 hfq::kAvx2Codes = {quantize_codes, any_code_rows};

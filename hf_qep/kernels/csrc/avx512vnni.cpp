@@ -244,22 +244,9 @@ void code_row(float* sums, const Quantized& x, const uint32_t* codes, const floa
     for (int t = 0; t < T; t++) sums[64 * t] = _mm512_reduce_add_ps(total[t]);
 }
 
-template <int T, int BITS>
-void code_rows(float* sums, const Quantized& x, int rows, const CodeRows& from) {
-    for (int r = 0; r < rows; r++) {
-        const float* scale = from.scale ? from.scale + r * from.blocks : nullptr;
-        code_row<T, BITS>(sums + r, x, from.codes + r * from.row_words, scale, from);
-    }
-}
-
-void any_code_rows(float* sums, const Quantized& x, int tokens, int rows, const CodeRows& from) {
-    constexpr decltype(&code_rows<1, 4>) kernels[2][4] = {
-        {code_rows<1, 4>, code_rows<2, 4>, code_rows<3, 4>, code_rows<4, 4>},
-        {code_rows<1, 8>, code_rows<2, 8>, code_rows<3, 8>, code_rows<4, 8>}};
-    kernels[from.bits == 8][tokens - 1](sums, x, rows, from);
-}
-
 }  // namespace
+
+#include "int8_codes.h"
 
 const hfq::Int8 hfq::kVnniInt8 = {4, quantize, any_tile};
 const hfq::CodesInt8 hfq::kVnniCodes = {quantize_codes, any_code_rows};

@@ -180,15 +180,8 @@ void code_row(float* sums, const float* x, int64_t x_step, const uint32_t* codes
     float32x4_t total[T];
     for (int t = 0; t < T; t++) total[t] = vdupq_n_f32(0);
     for (int64_t b = 0; b < from.blocks; b++) {
-        const int64_t have = from.words - kWords * b;
-        const uint32_t* words = codes + kWords * b;
         uint32_t copy[kWords];
-        for (int i = 0; i < kWords; i += 16) __builtin_prefetch(words + kCodesAhead + i);
-        if (have < kWords) {  // the row ends before the block
-            memset(copy, 0, sizeof copy);
-            memcpy(copy, words, (size_t)have * 4);
-            words = copy;
-        }
+        const uint32_t* words = whole_block(codes + kWords * b, from.words - kWords * b, copy);
         float32x4_t acc[2][T];
         for (int t = 0; t < T; t++) acc[0][t] = acc[1][t] = vdupq_n_f32(0);
         if (BITS == 4) add_block4<T>(acc, words, x + kCodeBlock * b, x_step);

@@ -182,15 +182,8 @@ void code_row(float* sums, const Quantized& x, const uint32_t* codes, const floa
     float32x4_t total[T];
     for (int t = 0; t < T; t++) total[t] = vdupq_n_f32(0);
     for (int64_t b = 0; b < from.blocks; b++) {
-        const int64_t have = from.words - kWords * b;
-        const uint32_t* words = codes + kWords * b;
         uint32_t copy[kWords];
-        for (int i = 0; i < kWords; i += 16) __builtin_prefetch(words + kCodesAhead + i);
-        if (have < kWords) {  // the row ends before the block
-            memset(copy, 0, sizeof copy);
-            memcpy(copy, words, (size_t)have * 4);
-            words = copy;
-        }
+        const uint32_t* words = whole_block(codes + kWords * b, from.words - kWords * b, copy);
         int32x4_t acc[T];
         for (int t = 0; t < T; t++) acc[t] = vdupq_n_s32(0);
         for (int i = 0; i < BITS; i++) {
@@ -206,19 +199,6 @@ void code_row(float* sums, const Quantized& x, const uint32_t* codes, const floa
     for (int t = 0; t < T; t++) sums[64 * t] = vaddvq_f32(total[t]);
 }
 
-template <int T, int BITS>
-void code_rows(float* sums, const Quantized& x, int rows, const CodeRows& from) {
-    for (int r = 0; r < rows; r++) {
-        const float* scale = from.scale ? from.scale + r * from.blocks : nullptr;
-        code_row<T, BITS>(sums + r, x, from.codes + r * from.row_words, scale, from);
-    }
-}
-
-void any_code_rows(float* sums, const Quantized& x, int tokens, int rows, const CodeRows& from) {
-    constexpr decltype(&code_rows<1, 4>) kernels[2][4] = {
-        {code_rows<1, 4>, code_rows<2, 4>, code_rows<3, 4>, code_rows<4, 4>},
-        {code_rows<1, 8>, code_rows<2, 8>, code_rows<3, 8>, code_rows<4, 8>}};
-    kernels[from.bits == 8][tokens - 1](sums, x, rows, from);
-}
-
 }  // namespace
+
+#include "int8_codes.h"

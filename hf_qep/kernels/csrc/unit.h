@@ -45,6 +45,16 @@ private:
     int64_t begin_ = 0, end_, last_, group_words_, longest_, group_, left_, index_;
 };
 
+// The words of a block of a row of integer codes, or if the row ends before the block, a copy filled up with zeros.
+template <int WORDS>
+inline const uint32_t* whole_block(const uint32_t* words, int64_t have, uint32_t (&copy)[WORDS]) {
+    for (int i = 0; i < WORDS; i += 16) __builtin_prefetch(words + kCodesAhead + i);
+    if (have >= WORDS) return words;
+    memset(copy, 0, sizeof copy);
+    memcpy(copy, words, (size_t)have * 4);
+    return copy;
+}
+
 // Scale of int8 values whose largest magnitude has these bits; *inverse turns an input into a value.
 inline float block_scale(uint32_t largest_bits, float* inverse) {
     float largest;
