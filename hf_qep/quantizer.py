@@ -73,8 +73,7 @@ class QepHfQuantizer(HfQuantizer):
             from hf_qep.on_the_fly import quantize_loaded
 
             quantize_loaded(model, config)
-            for name in ("trainable_scales", "activation"):
-                setattr(model.hf_quantizer.quantization_config, name, getattr(config, name))
+            model.hf_quantizer.quantization_config.trainable_scales = config.trainable_scales
         elif self._files is None:
             conversion.check_loaded(model)
         if self.pre_quantized and config.dequantize:
