@@ -16,7 +16,7 @@ SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.part
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 HEAVY = ("torch", "transformers")
 OPTIONAL = ("datasets", "lm_eval", "gradio", "peft", "sklearn", "evaluate", "pyarrow", "optuna", "scipy", "gguf")
-OPTIONAL += ("triton", "gemlite")
+OPTIONAL += ("triton", "gemlite", "matplotlib", "PIL")
 
 GROUND = {"errors", "extras", "registry", "progress", "files", "bitorder", "public_names"}
 FORMATS = GROUND | {"formats", "kernels"}
@@ -35,6 +35,8 @@ MAY_IMPORT = {
     "conversion": MODEL,
     "architectures": MODEL | {"architectures"},
     "distill": MODEL | {"algorithms", "architectures", "distill"},
+    "students": MODEL | {"algorithms", "architectures", "students"},
+    "search": MODEL | {"algorithms", "architectures", "students", "distill", "search"},
     "engine": ENGINE,
     "evaluation": MODEL | {"architectures", "evaluation"},
     "on_the_fly": ENGINE | {"on_the_fly"},
