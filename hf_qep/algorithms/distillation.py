@@ -39,12 +39,26 @@ class TopClasses:
         return TopClasses(None if self.index is None else self.index.to(device), self.log_p.to(device))
 
 
-def top_classes(logits: Tensor, k: int) -> TopClasses:
-    """The k likeliest classes of logits (..., classes), or all if there are no more."""
-    log_p, index = logits.float().log_softmax(-1), None
+def top_classes(logits: Tensor, k: int, keep: Tensor | None = None) -> TopClasses:
+    """The k likeliest classes of logits (..., classes), or all if there are no more.
+
+    keep: (...) int64, a class that takes the place of the last of the k if it is not among them; below 0 for none.
+    Rounding to float16 (relative 2^-11) never makes another class the likeliest, or as likely.
+    """
+    log_p, index, best = logits.float().log_softmax(-1), None, logits.argmax(-1, keepdim=True)
     if k < logits.shape[-1]:
-        log_p, index = log_p.topk(k, -1)
-    return TopClasses(None if index is None else index.int(), log_p.half())
+        index = log_p.topk(k, -1).indices
+        if keep is not None:
+            missing = (keep >= 0) & (index != keep.unsqueeze(-1)).all(-1)
+            index[..., -1] = torch.where(missing, keep, index[..., -1])
+        log_p, best = log_p.gather(-1, index), torch.zeros_like(best)  # topk sorts
+    return TopClasses(None if index is None else index.int(), _rounded(log_p, best))
+
+
+def _rounded(log_p: Tensor, best: Tensor) -> Tensor:
+    half = log_p.half()
+    tied = (half >= half.gather(-1, best)).scatter(-1, best, False)
+    return torch.where(tied, half * (1 + 2.0**-10), half)
 
 
 def divergence(teacher: TopClasses, logits: Tensor) -> Tensor:

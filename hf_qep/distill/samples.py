@@ -27,7 +27,8 @@ class TaskData:
     (rows, tokens) int64, as transformers takes them (not shifted; IGNORED outside the answers); for classes (rows,)
     int64; for `object-detection` one dict per row with `class_labels` (n,) int64 and `boxes` (n, 4) float32, centre and
     size relative to the image; None where nothing is known. classes: names. answers: ids of the tokens that can answer,
-    one per class, for a `causal-lm` that classifies; its answers are then scored over these tokens only.
+    one per class, for a `causal-lm` that classifies; its answers are then scored over these tokens only. rationales:
+    bool (rows,), for `causal-lm`: rows whose labels are the reasons for an answer, not the answer.
     """
 
     task: str
@@ -35,6 +36,7 @@ class TaskData:
     labels: Tensor | Sequence[dict[str, Tensor]] | None = None
     classes: tuple[str, ...] | None = None
     answers: tuple[int, ...] | None = None
+    rationales: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -46,6 +48,8 @@ class TaskData:
             raise ConfigError("there is no row to learn from")
         if self.labels is not None and len(self.labels) != len(self):
             raise ConfigError(f"{len(self.labels)} labels for {len(self)} rows")
+        if self.rationales is not None and (self.task != CAUSAL_LM or self.rationales.shape != (len(self),)):
+            raise ConfigError(f"rationales are one truth value for each of the {len(self)} rows of a {CAUSAL_LM} task")
         if self.task == CAUSAL_LM and self.labels is not None and not (self.labels[:, 1:] != IGNORED).any():
             raise ConfigError("no row has an answer: every label is ignored")
 
@@ -60,7 +64,9 @@ class TaskData:
         elif labels is not None:
             numbers = range(len(self))[which] if isinstance(which, slice) else torch.as_tensor(which).tolist()
             labels = [labels[n] for n in numbers]
-        return replace(self, inputs={name: value[which] for name, value in self.inputs.items()}, labels=labels)
+        inputs = {name: value[which] for name, value in self.inputs.items()}
+        told = None if self.rationales is None else self.rationales[which]
+        return replace(self, inputs=inputs, labels=labels, rationales=told)
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
         """Forward keyword arguments with `labels` where there are any, `size` rows at a time."""
@@ -88,19 +94,24 @@ class TaskData:
         """
         if self.task != CAUSAL_LM or self.labels is None:
             return None
-        shifted = torch.full_like(self.labels, IGNORED)
-        shifted[:, :-1] = self.labels[:, 1:]
-        return shifted != IGNORED
+        return shifted(self.labels) != IGNORED
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that a teacher's answer depends on and the labels."""
         digest = hashlib.sha256(f"{self.task} {self.classes} {self.answers}".encode())
         labels = self.labels if isinstance(self.labels, Tensor | None) else None
         rows = [] if labels is not None or self.labels is None else self.labels
-        tensors = [*sorted(self.inputs.items()), ("labels", labels)]
+        tensors = [*sorted(self.inputs.items()), ("labels", labels), ("rationales", self.rationales)]
         tensors += [(f"{n}.{key}", value) for n, row in enumerate(rows) for key, value in sorted(row.items())]
         for name, value in tensors:
             if value is not None:
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Labels (rows, tokens) as the token before each of them has to answer; the last token answers nothing."""
+    moved = torch.full_like(labels, IGNORED)
+    moved[:, :-1] = labels[:, 1:]
+    return moved
