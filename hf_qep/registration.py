@@ -2,7 +2,8 @@
 
 transformers has no entry points for quantizers, so somebody has to call `register`. `install` does it at once if
 transformers' quantizers are imported already, and otherwise leaves an import hook that does it right after they are.
-The same hook puts the merge guard of `hf_qep.adapters` into peft.
+The same hook puts the merge guard of `hf_qep.adapters` into peft, and makes the configurations of students known to
+AutoConfig; their models become known when one of these configurations is first made.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from types import ModuleType
 METHOD = "qep"
 AUTO = "transformers.quantizers.auto"
 PEFT = "peft.tuners.tuners_utils"
+CONFIGS = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
@@ -47,7 +49,13 @@ def _guard_merges() -> None:
     guard_merges()
 
 
-_AFTER_IMPORT: dict[str, Callable[[], None]] = {AUTO: register, PEFT: _guard_merges}
+def _register_students() -> None:
+    from hf_qep.students.modeling_student import register_configs
+
+    register_configs()
+
+
+_AFTER_IMPORT: dict[str, Callable[[], None]] = {AUTO: register, PEFT: _guard_merges, CONFIGS: _register_students}
 
 
 class _AfterImport(MetaPathFinder):

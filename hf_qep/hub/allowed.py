@@ -8,14 +8,14 @@ from pathlib import Path
 
 from hf_qep.engine.headers import INDEX_FILE, MANIFEST
 
-LOADER = "modeling_qep.py"
-"""The only Python file that is published, and only byte for byte as this package writes it."""
+LOADER, STUDENT_CODE = "modeling_qep.py", "modeling_student.py"
+"""The only Python files that are published, and only byte for byte as this package writes them."""
 
 _ALLOWED = {
     "weights": r"model(-\d{5}-of-\d{5})?\.safetensors",
     "index": re.escape(INDEX_FILE),
     "manifest": re.escape(MANIFEST),
-    "record": r"hf_qep_(eval|samples)\.json",
+    "record": r"(hf_qep_(eval|samples)|student)\.json|vocab_map\.safetensors",
     "card": r"README\.md",
     "licence": r"(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.(md|txt))?",
     "config": r"(config|generation_config|(image_|video_|audio_)?(pre)?processor_config)\.json",
@@ -23,7 +23,7 @@ _ALLOWED = {
     r"|(additional_chat_templates/\w[\w.-]*|chat_template)\.jinja",
     "vocabulary": r"(tokenizer|vocab|added_tokens)\.json|(vocab|merges)\.txt"
     r"|(tokenizer|spiece|sentencepiece|sentencepiece\.bpe)\.model",
-    "loader": re.escape(LOADER),
+    "loader": f"{re.escape(LOADER)}|{re.escape(STUDENT_CODE)}",
     "plot": r"((plots|images|assets|figures|media)/)?\w[\w-]*\.(png|svg)",
     "result": r"\.eval_results/\w[\w.-]*\.ya?ml",
 }

@@ -18,7 +18,7 @@ from hf_qep.engine.headers import CODE_KEYS, INDEX_FILE, MANIFEST, SINGLE_FILE, 
 from hf_qep.errors import QepError, UnsafeContentError
 from hf_qep.files import canonical_json, sha256
 from hf_qep.hub import secrets
-from hf_qep.hub.allowed import LOADER, MADE_LATER, REQUIRED, kind_of, list_files
+from hf_qep.hub.allowed import LOADER, MADE_LATER, REQUIRED, STUDENT_CODE, kind_of, list_files
 from hf_qep.progress import SILENT, Progress
 
 RECORD, SAMPLES = "hf_qep_eval.json", "hf_qep_samples.json"
@@ -124,15 +124,21 @@ def config_problems(folder: Path, loader: bytes | None) -> list[str]:
     problems = []
     if not isinstance(method, dict) or method.get("quant_method") != "qep":
         return ["'config.json' is not that of a checkpoint of hf_qep; make one with: hf-qep quantize"]
+    code = folder / STUDENT_CODE
+    if code.is_file() and code.read_bytes() != (Path(__file__).parents[1] / "students" / STUDENT_CODE).read_bytes():
+        problems.append(f"{STUDENT_CODE!r} is not the file that hf_qep writes; code is never published, remove it")
     if loader is not None:
         problems += _loader_problems(config, loader)
+    elif code.is_file():
+        problems += _student_problems(config)
+    ours = loader is not None or code.is_file()
     for path in sorted(folder.glob("*.json")):
         if kind_of(path.name) in ("config", "tokenizer"):
             main = path.name == "config.json"
             problems += [
                 f"{path.name!r} has {where!r}, which makes a reader run code of the repository; remove it"
                 for where in _code_keys(config if main else read_json(path))
-                if not (main and loader is not None and where == "auto_map")
+                if not (main and ours and where == "auto_map")
             ]
     return problems
 
@@ -290,6 +296,15 @@ def _loader_problems(config: dict[str, Any], loader: bytes) -> list[str]:
         return [f"{LOADER!r} is not the file that hf_qep writes; code is never published, remove it"]
     if canonical_json(config.get("auto_map")) != canonical_json(auto_map):
         return ["'auto_map' of 'config.json' is not what hf_qep writes; remove it and the loader file"]
+    return []
+
+
+def _student_problems(config: dict[str, Any]) -> list[str]:
+    """`auto_map` may name nothing but the classes of a student."""
+    named = config.get("auto_map")
+    values = named.values() if isinstance(named, dict) else [named]
+    if not all(isinstance(v, str) and re.fullmatch(r"modeling_student\.Student\w+", v, re.ASCII) for v in values):
+        return ["'auto_map' of 'config.json' names more than the classes of a student; save the student again"]
     return []
 
 
