@@ -133,6 +133,9 @@ def student() -> dict[str, Any]:
             "transfer": [{"name": "acme/letters", "examples": 9000, "labels": "the teacher's probabilities"}],
             "tasks": [{"name": "letters", "metric": "accuracy", "chance": 0.5, "teacher": some, "start": None,
                        "student": taught, "retention": kept}],
+            "others": [{"name": "labels only", "score": {"value": 0.71, "stderr": 0.024, "n": 350}}],
+            "changes": {"layers removed": "2, 3", "feed-forward units": "3072 before, 800 now"},
+            "latency_ms": {"teacher": 41.5, "student": 3.25},
             "command": "hf-qep distill acme/large", "seed": 3, "seconds": 812.5, "versions": {"torch": "2.13.0"},
             "languages": ["en"],
         }

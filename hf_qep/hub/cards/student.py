@@ -43,6 +43,14 @@ class TransferData:
 
 
 @dataclass(frozen=True)
+class OtherModel:
+    """Another model on the same items, such as one that learned from the labels alone."""
+
+    name: Annotated[str, "what it is, in a few words"]
+    score: Annotated[Estimate, "its score, 0 to 1"]
+
+
+@dataclass(frozen=True)
 class StudentModel:
     """A model that takes part. bytes: of its weight files."""
 
@@ -68,6 +76,9 @@ class StudentFacts:
     student: Annotated[StudentModel, "the student itself"]
     transfer: Annotated[tuple[TransferData, ...], "what it learned on"]
     tasks: Annotated[tuple[StudentTask, ...], "scores; at least one, on items it did not learn from"]
+    others: Annotated[tuple[OtherModel, ...], "further models on the items of the first task"]
+    changes: Annotated[dict[str, str], "what was removed from the first weights and added to them -> how much"]
+    latency_ms: Annotated[dict[str, float], "teacher, student -> milliseconds for one item; empty if not measured"]
     command: Annotated[str | None, "what was typed; null if called as a library"]
     seed: Annotated[int, "seed of the training"]
     seconds: Annotated[float | None, "wall time of the training"]
@@ -149,6 +160,13 @@ def student_context(facts: StudentFacts) -> dict[str, Any]:
         ),
         "size_ratio": shown(teacher.bytes / student.bytes),
         "scores": table(columns, rows, numbers=range(1, len(columns))),
+        "others": table(
+            ["another model", "score"], [[o.name, estimate(o.score, factor=100)] for o in facts.others], numbers=(1,)
+        ),
+        "changes": table(["change", "how much"], [[name, text] for name, text in facts.changes.items()]),
+        "speed": table(
+            ["", "ms for one item"], [[who, shown(ms)] for who, ms in facts.latency_ms.items()], numbers=(1,)
+        ),
         "transfer": table(
             ["transfer data", "examples", "learned from"],
             [[_data_link(d.name), shown(d.examples), d.labels] for d in facts.transfer],
