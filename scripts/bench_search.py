@@ -7,7 +7,7 @@ Candidates are drawn inside five per cent of one latency, that of the teacher wi
 larger one wins and any count of parameters foretells it. The truth is the held-out loss after a distillation ten times
 as long as the short one, with two seeds; how far the seeds agree is as far as any proxy could get. The comparison gives
 uniform width pruning, depth pruning by block influence and the winner of the search the same latency and the same
-distillation. Every number is a line of a journal in the folder, so a run that was stopped goes on.
+distillation. --parts costs times students, so it wants a machine that does nothing else. Every number is a line of a journal in the folder, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from hf_qep.search.costs import Choice
 from hf_qep.search.journal import Journal
 from hf_qep.search.latency import LatencyTable
 from hf_qep.search.limits import Limits, Workload
-from hf_qep.search.proxies import PROXIES, ProxyContext, default_rate, proxy
+from hf_qep.search.proxies import PROXIES, TAUGHT, ProxyContext, default_rate, proxy
+from hf_qep.search.recipes import by_influence
 from hf_qep.search.run import SearchPlan, cost_model, fitted_costs, measure, run_search
 from hf_qep.search.space import SearchSpace
 from hf_qep.search.study import StudyOptions
@@ -42,6 +43,7 @@ from hf_qep.students.family import teacher_shape
 from hf_qep.students.spec import CandidateSpec
 
 SPREAD = 0.05
+PARTS = ["costs", "proxies", "comparison"]
 BATCH = 32
 
 
@@ -93,7 +95,6 @@ def prepare(name: str, arguments: argparse.Namespace, progress: Progress) -> Set
         analyse(teacher, task.fit, batch_size=64, progress=progress),
         task.fit,
         task.judge,
-        steps=arguments.short,
         loss=DistillLoss(),
         batch_size=BATCH,
     )
@@ -126,10 +127,11 @@ def candidates(setting: Setting, budget: float, count: int) -> list[CandidateSpe
     return turns[:count]
 
 
-def by_influence(setting: Setting, count: int) -> CandidateSpec:
-    """The teacher without the layers of least influence."""
-    whole, worth = teacher_shape(setting.context.teacher).identity(), setting.context.analysis.influence[0]
-    kept = sorted(sorted(range(len(worth)), key=lambda n: -worth[n])[:count])
+def depth_pruned(setting: Setting) -> CandidateSpec:
+    """The teacher with the half of its layers that has the most influence."""
+    whole = teacher_shape(setting.context.teacher).identity()
+    worth = setting.context.analysis.influence[0]
+    kept = by_influence(setting.space, worth, len(worth) // 2)
     return replace(whole, layers=tuple(whole.layers[n] for n in kept))
 
 
@@ -167,11 +169,17 @@ def foretelling(setting: Setting, journal: Journal, budget: float, progress: Pro
         for spec in specs:
             key = spec.key()
             journal.get(f"spec/{key}") or journal.add(f"spec/{key}", spec=spec.to_dict())
-            for name in PROXIES:
+            for name in judged(arguments.short):
                 once(journal, f"proxy/{name}/{key}", lambda n=name, s=spec: timed_proxy(setting, n, s))
             for seed in range(arguments.seeds):
                 once(journal, f"truth/{seed}/{key}", lambda k=seed, s=spec: setting.truth(s, k))
             bar.advance()
+
+
+def judged(steps: int) -> list[str]:
+    """Names of all proxies; the default ladder ends with the short distillation of so many steps."""
+    cheap = [name for name in PROXIES if name not in TAUGHT]
+    return [*cheap, f"short@{max(1, steps // 3)}", f"short@{steps}", f"short_kl@{steps}"]
 
 
 def timed_proxy(setting: Setting, name: str, spec: CandidateSpec) -> dict[str, float]:
@@ -186,14 +194,14 @@ def comparing(setting: Setting, journal: Journal, budget: float, progress: Progr
     arguments = setting.arguments
     folder = arguments.work / setting.task.name / "search"
     options = StudyOptions(trials=arguments.trials, seed=0)
-    plan = SearchPlan(setting.workload, Limits(latency_ms=budget), options, repeats=9)
+    ladder = tuple((f"short@{steps}", 1 / 3) for steps in (max(1, arguments.short // 3), arguments.short))
+    plan = SearchPlan(setting.workload, Limits(latency_ms=budget), options, ladder=ladder, repeats=9)
     result = run_search(setting.context, setting.space, plan, folder, progress=progress)
     ours = result.pick("accurate").choice.spec
-    half = len(teacher_shape(setting.context.teacher).layers) // 2
     rivals = {
         "search": (ours, True),
-        "depth by influence": (by_influence(setting, half), False),
-        "depth by influence, healed": (by_influence(setting, half), True),
+        "depth by influence": (depth_pruned(setting), False),
+        "depth by influence, healed": (depth_pruned(setting), True),
         "uniform width": (uniform_width(setting, budget), False),
         "uniform width, healed": (uniform_width(setting, budget), True),
     }
@@ -226,28 +234,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for teachers and results")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--candidates", type=int, default=28)
+    parser.add_argument("--candidates", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--short", type=int, default=30, help="steps of the short distillation")
-    parser.add_argument("--long", type=int, default=300, help="steps of the long one")
+    parser.add_argument("--short", type=int, default=60, help="steps of the last rung of the ladder")
+    parser.add_argument("--long", type=int, default=600, help="steps of the distillation that is the truth")
     parser.add_argument("--trials", type=int, default=96, help="students that the search judges")
     parser.add_argument("--add", action="store_true", help="let the search add a layer")
-    parser.add_argument("--epochs", type=int, default=8, help="of the teacher")
+    parser.add_argument("--epochs", type=int, default=12, help="of the teacher")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the rows, for a trial run")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     parser.add_argument("--json", type=Path, help="write the tables here too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     progress = Progress()
-    for name in arguments.tasks:
+    for name in [] if arguments.table else arguments.tasks:
         marks = {k: v for k, v in vars(arguments).items() if k in ("short", "long", "epochs", "scale", "add")}
         journal = Journal(arguments.work / name / "results.jsonl", {k: str(v) for k, v in marks.items()})
-        if not arguments.table:
-            setting = prepare(name, arguments, progress)
-            budget = setting.table.predict(by_influence(setting, len(setting.space.teacher.layers) // 2))
+        setting = prepare(name, arguments, progress)
+        budget = setting.table.predict(depth_pruned(setting))
+        if "costs" in arguments.parts:
             once(journal, "costs are measured", lambda s=setting, j=journal: held_out_costs(s, j) or {})
+        if "proxies" in arguments.parts:
             foretelling(setting, journal, budget, progress)
+        if "comparison" in arguments.parts:
             comparing(setting, journal, budget, progress)
     search_table.show(arguments.work, arguments.tasks, arguments.json)
 

@@ -7,18 +7,20 @@
     one_shot     divergence from the teacher at the answers, as cut
     healed       the same after closed-form healing
     healed_all   the same at all tokens, not at the answers alone
-    short        the same after a short distillation
-    short_loss   the loss on the labels after a short distillation
+    short        the task's loss after a short distillation; `short@60` has 60 steps
+    short_kl     divergence after a short distillation
 
 The distances are KL(teacher ‖ student) in nats per answer over the classes that can be an answer, on rows that neither
 healing nor distillation sees (an embedding: relative squared error).  One shot, the distance to the teacher says more
-than the loss on the labels: what cutting does to the bias of the answers is soon mended and not worth ranking by.
+than the loss on the labels: what cutting does to the bias of the answers is soon mended and not worth ranking by. Once
+a student has learned a little, the loss on the labels says more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from transformers import PreTrainedModel
 from hf_qep.architectures.skeleton import forward_only
 from hf_qep.distill.losses import DistillLoss
 from hf_qep.distill.said import Said, embedding_of, forward_inputs, take_said
-from hf_qep.distill.samples import CAUSAL_LM, EMBEDDING, TaskData
+from hf_qep.distill.samples import CAUSAL_LM, DETECTION, EMBEDDING, TaskData
 from hf_qep.errors import UnknownNameError
 from hf_qep.search.additions import Aim, distances, start_additions
 from hf_qep.search.analysis import Analysis
@@ -38,20 +40,26 @@ from hf_qep.students.materialize import count_parameters, materialize
 from hf_qep.students.spec import ATTENTION, SUB_BLOCKS, CandidateSpec
 from hf_qep.students.units import kept_units
 
+STEPS = 60
+"""Steps of a short distillation."""
+TAUGHT = ("short", "short_kl")
+"""Proxies that have steps."""
+HEALING_ROWS = 256
+"""Most rows that healing looks at."""
+
 
 @dataclass
 class ProxyContext:
     """What proxies of one teacher and task share.
 
-    fit: rows for healing and short distillation. judge: rows that candidates are judged by. steps, learning_rate, loss:
-    of the short distillation.
+    fit: rows for healing and short distillation. judge: rows that candidates are judged by. learning_rate, loss: of the
+    short distillation.
     """
 
     teacher: PreTrainedModel
     analysis: Analysis
     fit: TaskData
     judge: TaskData
-    steps: int = 30
     learning_rate: float | None = None
     loss: DistillLoss = field(default_factory=DistillLoss)
     batch_size: int = 8
@@ -100,10 +108,6 @@ class ProxyContext:
             heal(student, whole, kept_units(whole, shape, self.analysis.scores), self.stream, only=only)
             start_additions(student, whole, self.aim, self.batch_size)
         return student
-
-
-HEALING_ROWS = 256
-"""Most rows that healing looks at."""
 
 
 @torch.no_grad()
@@ -170,18 +174,21 @@ def healed_all(context: ProxyContext, spec: CandidateSpec) -> float:
     return distance(context.student(spec), data, said, context.batch_size)
 
 
-def short(context: ProxyContext, spec: CandidateSpec) -> float:
+def short(context: ProxyContext, spec: CandidateSpec, steps: int = STEPS) -> float:
+    """The loss that counts after a short distillation: the task's own, without labels the divergence."""
+    student = briefly_taught(context, spec, steps)
+    if context.judge.labels is None or context.judge.task == DETECTION:
+        return _judged(context, student)
+    return Aim(context.judge, seed=context.seed).mean(student, context.batch_size)
+
+
+def short_kl(context: ProxyContext, spec: CandidateSpec, steps: int = STEPS) -> float:
     """Divergence after a short distillation."""
-    return _judged(context, briefly_taught(context, spec))
+    return _judged(context, briefly_taught(context, spec, steps))
 
 
-def short_loss(context: ProxyContext, spec: CandidateSpec) -> float:
-    """The task's own loss after a short distillation, mean over rows."""
-    return Aim(context.judge, seed=context.seed).mean(briefly_taught(context, spec), context.batch_size)
-
-
-def briefly_taught(context: ProxyContext, spec: CandidateSpec) -> PreTrainedModel:
-    """A candidate after `context.steps` steps of distillation."""
+def briefly_taught(context: ProxyContext, spec: CandidateSpec, steps: int) -> PreTrainedModel:
+    """A candidate after some steps of distillation at full rate: a decay would only end early what is to be seen."""
     from hf_qep.distill.student_trainer import train_student
 
     student = context.student(spec)
@@ -190,7 +197,8 @@ def briefly_taught(context: ProxyContext, spec: CandidateSpec) -> PreTrainedMode
         context.fit,
         teacher=context.said("fit"),
         loss=context.loss,
-        steps=context.steps,
+        steps=steps,
+        decay=False,
         learning_rate=context.learning_rate or default_rate(spec.hidden_size),
         batch_size=context.batch_size,
         seed=context.seed,
@@ -229,14 +237,17 @@ def _judged(context: ProxyContext, student: PreTrainedModel) -> float:
     return distance(student, context.judge, context.said("judge"), context.batch_size)
 
 
-PROXIES: dict[str, Callable[[ProxyContext, CandidateSpec], float]] = {
+PROXIES: dict[str, Callable[..., float]] = {
     function.__name__: function
-    for function in (parameters, synflow, influence, units, one_shot, healed, healed_all, short, short_loss)
+    for function in (parameters, synflow, influence, units, one_shot, healed, healed_all, short, short_kl)
 }
 
 
 def proxy(name: str) -> Callable[[ProxyContext, CandidateSpec], float]:
-    """A proxy by name. Raises UnknownNameError."""
-    if name not in PROXIES:
-        raise UnknownNameError(f"unknown proxy `{name}`; known: {', '.join(PROXIES)}")
-    return PROXIES[name]
+    """A proxy by name, with a number of steps behind an @ if it has any. Raises UnknownNameError."""
+    kind, _, steps = name.partition("@")
+    if kind not in PROXIES or (steps and (kind not in TAUGHT or not steps.isdecimal() or not int(steps))):
+        raise UnknownNameError(
+            f"unknown proxy `{name}`; known: {', '.join(PROXIES)}, and with steps such as `short@60`"
+        )
+    return partial(PROXIES[kind], steps=int(steps)) if steps else PROXIES[kind]

@@ -30,6 +30,7 @@ from hf_qep.search.latency import Bench, LatencyTable
 from hf_qep.search.library import Library, measure_library
 from hf_qep.search.limits import Limits, Workload
 from hf_qep.search.proxies import ProxyContext, proxy
+from hf_qep.search.recipes import recipes
 from hf_qep.search.results import SearchResult
 from hf_qep.search.seeds import seed_choices
 from hf_qep.search.space import SearchSpace
@@ -41,7 +42,7 @@ from hf_qep.students.spec import CandidateSpec
 FITTED = 8
 """Students that the model of memory is fitted to."""
 LATENCY, LIBRARY, STUDY, LADDER = "latency.json", "library.json", "study.log", "ladder.jsonl"
-DEFAULT_LADDER = (("short", 1.0 / 3),)
+DEFAULT_LADDER = (("short@20", 1.0 / 3), ("short@60", 1.0 / 3))
 """Proxies behind the study's in rising order of cost, and the share of the students that go on from each."""
 
 
@@ -50,9 +51,9 @@ class SearchPlan:
     """What is searched for.
 
     workload, limits: of the student. study: the proxy that every student is judged by. ladder: further proxies, and the
-    share or number of students that goes on from each, as in `halving`. seeds: first guesses. climbers: most students
-    of the study that enter the ladder. repeats: timed rounds. storage: of the study, see `store.open_study`; a file of
-    the folder by default.
+    share or number of students that goes on from each, as in `halving`. seeds: first guesses of the library, beside the
+    usual recipes. climbers: most students of the study that enter the ladder. repeats: timed rounds. storage: of the
+    study, see `store.open_study`; a file of the folder by default.
     """
 
     workload: Workload = field(default_factory=Workload)
@@ -84,6 +85,8 @@ def run_search(
     library = Library.load(folder / LIBRARY, mark)
     measure_library(context, space, library, keep=lambda found: found.save(folder / LIBRARY, mark), progress=progress)
     seeds = seed_choices(space, library.score, cost, plan.limits, count=plan.seeds)
+    usual = recipes(space, context.analysis.influence[0], cost, plan.limits)
+    seeds = list(dict.fromkeys([*usual, *seeds]))[: plan.options.trials]
     study = search(
         space,
         lambda choice: first(context, choice.spec),
@@ -160,7 +163,7 @@ def fingerprint(context: ProxyContext, space: SearchSpace, plan: SearchPlan) -> 
         "judge": context.judge.fingerprint(),
         "space": canonical_json(space.to_dict()),
         "workload": plan.workload.to_dict(),
-        "short": {"steps": context.steps, "learning_rate": context.learning_rate, "batch_size": context.batch_size},
+        "short": {"learning_rate": context.learning_rate, "batch_size": context.batch_size},
         "loss": context.loss.to_dict(),
         "seed": context.seed,
         "ladder": [plan.study, *map(list, plan.ladder)],

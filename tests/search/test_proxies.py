@@ -18,7 +18,7 @@ from tests.search.rows import rows_for
 FAMILIES = ["llama", "bert_classifier", "vit"]
 LOSS = DistillLoss(alpha=0.0, label_correction=False)
 """The labels of random rows teach nothing."""
-LOOSE = ("influence", "synflow", "short", "short_loss")
+LOOSE = ("influence", "synflow", "short", "short_kl")
 """Proxies that a narrower network need not make worse."""
 
 
@@ -26,9 +26,7 @@ LOOSE = ("influence", "synflow", "short", "short_loss")
 def context(tiny_model):
     def make(family):
         teacher, fit = tiny_model(family), rows_for(family, count=32)
-        return ProxyContext(
-            teacher, analyse(teacher, fit), fit, rows_for(family, count=16, seed=5), steps=12, loss=LOSS
-        )
+        return ProxyContext(teacher, analyse(teacher, fit), fit, rows_for(family, count=16, seed=5), loss=LOSS)
 
     return make
 
@@ -56,17 +54,19 @@ def test_every_proxy_gives_a_number_that_a_smaller_student_makes_worse(context, 
 def test_a_short_distillation_comes_closer_than_the_cut(context):
     found = context("vit")
     spec = replace(halved(teacher_shape(found.teacher).identity()), hidden_size=32)
-    assert proxy("short")(found, spec) < proxy("one_shot")(found, spec)
+    assert proxy("short_kl@12")(found, spec) < proxy("one_shot")(found, spec)
 
 
 def test_proxies_repeat(context):
     spec = halved(teacher_shape(context("vit").teacher).identity())
-    assert proxy("short")(context("vit"), spec) == proxy("short")(context("vit"), spec)
+    first, second = (proxy("short@3")(context("vit"), spec) for _ in range(2))
+    assert first == second != proxy("short@4")(context("vit"), spec)
 
 
 def test_an_unknown_proxy_names_the_known_ones():
-    with pytest.raises(UnknownNameError, match="healed"):
-        proxy("magic")
+    for name in ("magic", "short@0", "healed@3", "short@x"):
+        with pytest.raises(UnknownNameError, match="healed"):
+            proxy(name)
 
 
 def test_the_library_knows_every_change_of_its_space(context, tmp_path):

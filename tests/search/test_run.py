@@ -20,17 +20,21 @@ from hf_qep.search.workload import CachedStep, bench_for, peak_bytes
 from hf_qep.students.family import teacher_shape
 from tests.search.rows import rows_for
 
+LADDER = (("short@1", 0.5), ("short@2", 0.5))
+
 
 def setting(teacher, family, **space):
     fit, judge = rows_for(family, count=24), rows_for(family, count=12, seed=4)
     loss = DistillLoss(alpha=0.0, label_correction=False)
-    context = ProxyContext(teacher, analyse(teacher, fit), fit, judge, steps=2, loss=loss)
+    context = ProxyContext(teacher, analyse(teacher, fit), fit, judge, loss=loss)
     return context, SearchSpace.around(teacher_shape(teacher), ffn=[48, 96, 128], **space)
 
 
 def plan(**changes):
     workload = Workload(batch=2, sequence=8, threads=1)
-    return replace(SearchPlan(workload, Limits(), StudyOptions(trials=6), seeds=2, climbers=3, repeats=2), **changes)
+    return replace(
+        SearchPlan(workload, Limits(), StudyOptions(trials=6), ladder=LADDER, seeds=2, climbers=3, repeats=2), **changes
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "bert_classifier", "vit"])
@@ -58,7 +62,7 @@ def test_a_search_goes_on_where_it_was_stopped(tiny_model, tmp_path):
                 raise KeyboardInterrupt
             return super().student(spec, **options)
 
-    counting = Counting(**{n: getattr(context, n) for n in ("teacher", "analysis", "fit", "judge", "steps", "loss")})
+    counting = Counting(**{n: getattr(context, n) for n in ("teacher", "analysis", "fit", "judge", "loss")})
     counting.most = 16
     with pytest.raises(KeyboardInterrupt):
         run_search(counting, space, plan(), tmp_path / "a")
