@@ -7,7 +7,8 @@ Candidates are drawn inside five per cent of one latency, that of the teacher wi
 larger one wins and any count of parameters foretells it. The truth is the held-out loss after a distillation ten times
 as long as the short one, with two seeds; how far the seeds agree is as far as any proxy could get. The comparison gives
 uniform width pruning, depth pruning by block influence and the winner of the search the same latency and the same
-distillation. --parts costs times students, so it wants a machine that does nothing else. Every number is a line of a journal in the folder, so a run that was stopped goes on.
+distillation. `--parts costs` times students, so it wants a machine that does nothing else. Every number is a line of a
+journal in the folder, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from hf_qep.search.latency import LatencyTable
 from hf_qep.search.limits import Limits, Workload
 from hf_qep.search.proxies import PROXIES, TAUGHT, ProxyContext, default_rate, proxy
 from hf_qep.search.recipes import by_influence
-from hf_qep.search.run import SearchPlan, cost_model, fitted_costs, measure, run_search
+from hf_qep.search.run import SearchPlan, cost_model, measure, run_search
 from hf_qep.search.space import SearchSpace
 from hf_qep.search.study import StudyOptions
 from hf_qep.search.workload import bench_for
@@ -221,8 +222,7 @@ def held_out_costs(setting: Setting, journal: Journal) -> None:
     make = torch.Generator().manual_seed(77)
     specs = [setting.space.random(make) for _ in range(12)]
     bench = bench_for(setting.context.teacher, setting.context.fit, setting.workload, repeats=15)
-    cost = cost_model(setting.context, setting.space, setting.workload, setting.table)
-    cost = fitted_costs(cost, setting.space, bench)
+    cost = cost_model(setting.context, setting.space, setting.workload, setting.table, bench)
     found = measure(bench, [Choice(spec) for spec in specs], cost)
     for spec in specs:
         key, predicted = Choice(spec).key(), cost(Choice(spec))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from hf_qep.errors import ConfigError
-from hf_qep.extras import require
 from hf_qep.search.limits import Workload
 from hf_qep.students.spec import ATTENTION, MLP, CandidateSpec, TeacherShape
 
@@ -82,7 +80,7 @@ class CostModel:
     choice; None counts latency as 0. decoder: keys and values are kept for `workload.context` tokens. window: tokens
     that layers of the kind `sliding_attention` keep. positions: positions of each row whose logits are computed, 1 for
     generation and `workload.sequence` for a loss over every token; 0 for a model without a vocabulary at its output.
-    activations: see `activation_bytes`, None for a guess.
+    activations: bytes that the layers of a student need at once, None for a guess.
     """
 
     teacher: TeacherShape
@@ -92,7 +90,7 @@ class CostModel:
     decoder: bool = True
     window: int | None = None
     positions: int = 1
-    activations: tuple[float, ...] | None = None
+    activations: Callable[[CandidateSpec], float] | None = None
 
     def __call__(self, choice: Choice) -> Cost:
         """Latency, memory and parameters of a choice."""
@@ -115,33 +113,16 @@ class CostModel:
         return 2.0 * kept * self.teacher.head_dim * self.workload.batch * self._bytes()
 
     def activation_bytes(self, spec: CandidateSpec) -> float:
-        """Bytes at the peak of a step: `activations` · `activation_sizes`, and the logits in float32.
+        """Bytes at the peak of a step: of the layer that needs most, or of the logits in float32 behind them.
 
-        Without `activations`: batch · sequence · max(widest FFN, 4 · hidden), which knows nothing of how many such
-        tensors the code of a family holds at once.
+        Without `activations` a layer needs batch · sequence · max(widest FFN, 4 · hidden), and logits come on top: that
+        knows nothing of how many tensors the code of a family holds at once.
         """
-        sizes = self.activation_sizes(spec)
         if self.activations is not None:
-            count = sum(factor * size for factor, size in zip(self.activations, sizes, strict=True))
-        else:
-            count = max(sizes[0], 4 * sizes[1])
-        return count * self._bytes() + self._logit_bytes(spec)
-
-    def activation_sizes(self, spec: CandidateSpec) -> tuple[float, float, float]:
-        """Numbers in tensors as wide as the widest FFN, the residual stream and the queries, over all tokens."""
-        live = [layer for layer in spec.all_layers() if MLP not in layer.skip]
-        heads = max((layer.heads for layer in spec.all_layers() if ATTENTION not in layer.skip), default=0)
-        widest = max((layer.intermediate_size for layer in live), default=0)
-        tokens = float(self.workload.batch * self.workload.sequence)
-        return tokens * widest, tokens * spec.hidden_size, tokens * heads * self.teacher.head_dim
-
-    def fitted(self, specs: Sequence[CandidateSpec], peaks: Sequence[float]) -> CostModel:
-        """The same with `activations` that explain the peaks, in bytes, of real students best (none is negative)."""
-        nnls = require("distill", "scipy.optimize").nnls
-        known = [self.weight_bytes(self._counts(s), None) + self.cache_bytes(s) + self._logit_bytes(s) for s in specs]
-        left = np.maximum(np.array(peaks) - np.array(known), 0.0) / self._bytes()
-        found, _ = nnls(np.array([self.activation_sizes(spec) for spec in specs]), left)
-        return replace(self, activations=tuple(found.tolist()))
+            return max(self.activations(spec), self._logit_bytes(spec))
+        widest = max((layer.intermediate_size for layer in spec.all_layers() if MLP not in layer.skip), default=0)
+        tokens = self.workload.batch * self.workload.sequence
+        return tokens * max(widest, 4 * spec.hidden_size) * self._bytes() + self._logit_bytes(spec)
 
     def _logit_bytes(self, spec: CandidateSpec) -> float:
         if spec.head == "none":

@@ -35,12 +35,10 @@ from hf_qep.search.results import SearchResult
 from hf_qep.search.seeds import seed_choices
 from hf_qep.search.space import SearchSpace
 from hf_qep.search.study import StudyOptions, search
-from hf_qep.search.workload import bench_for, peak_bytes
+from hf_qep.search.workload import Activations, bench_for, few_tokens, peak_bytes
 from hf_qep.students.materialize import count_parameters
 from hf_qep.students.spec import CandidateSpec
 
-FITTED = 8
-"""Students that the model of memory is fitted to."""
 LATENCY, LIBRARY, STUDY, LADDER = "latency.json", "library.json", "study.log", "ladder.jsonl"
 DEFAULT_LADDER = (("short@20", 1.0 / 3), ("short@60", 1.0 / 3))
 """Proxies behind the study's in rising order of cost, and the share of the students that go on from each."""
@@ -81,7 +79,7 @@ def run_search(
     marks = fingerprint(context, space, plan)
     mark = canonical_json(marks)
     table = _table(space, bench, folder / LATENCY, mark, progress)
-    cost = fitted_costs(cost_model(context, space, plan.workload, table), space, bench, plan.options.seed)
+    cost = cost_model(context, space, plan.workload, table, bench)
     library = Library.load(folder / LIBRARY, mark)
     measure_library(context, space, library, keep=lambda found: found.save(folder / LIBRARY, mark), progress=progress)
     seeds = seed_choices(space, library.score, cost, plan.limits, count=plan.seeds)
@@ -112,8 +110,14 @@ def _rung(context: ProxyContext, name: str, keep: float) -> Rung:
     return Rung(name, lambda choice: judge(context, choice.spec), keep)
 
 
-def cost_model(context: ProxyContext, space: SearchSpace, workload: Workload, table: LatencyTable | None) -> CostModel:
-    """Cost of students of a teacher. table: None counts no latency."""
+def cost_model(
+    context: ProxyContext,
+    space: SearchSpace,
+    workload: Workload,
+    table: LatencyTable | None = None,
+    bench: Bench | None = None,
+) -> CostModel:
+    """Cost of students of a teacher. table: None counts no latency. bench: measures activations; None guesses them."""
     teacher, generates = context.teacher, context.fit.task == CAUSAL_LM
     return CostModel(
         space.teacher,
@@ -123,14 +127,8 @@ def cost_model(context: ProxyContext, space: SearchSpace, workload: Workload, ta
         decoder=generates,
         window=getattr(teacher.config, "sliding_window", None),
         positions=workload.sequence if generates else 0,
+        activations=None if bench is None else Activations(bench, space.teacher, few_tokens(teacher)),
     )
-
-
-def fitted_costs(cost: CostModel, space: SearchSpace, bench: Bench, seed: int = 0) -> CostModel:
-    """A model of costs whose activations are those of a few real students, drawn with `seed`."""
-    make = torch.Generator().manual_seed(seed)
-    specs = [space.teacher.identity(), *(space.random(make) for _ in range(FITTED - 1))]
-    return cost.fitted(specs, [_peak(bench, spec)[0] for spec in specs])
 
 
 def _peak(bench: Bench, spec: CandidateSpec) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,10 @@ from hf_qep.errors import ConfigError
 from hf_qep.search.latency import Bench, forward
 from hf_qep.search.limits import Workload
 from hf_qep.students.materialize import blank_student
-from hf_qep.students.spec import CandidateSpec
+from hf_qep.students.spec import CandidateSpec, LayerSpec, TeacherShape
+
+FEW_TOKENS = 64
+"""Tokens in the vocabulary of students whose layers alone are measured."""
 
 
 def bench_for(teacher: PreTrainedModel, data: TaskData, workload: Workload, *, repeats: int = 7) -> Bench:
@@ -36,22 +39,23 @@ def bench_for(teacher: PreTrainedModel, data: TaskData, workload: Workload, *, r
         dtype = getattr(torch, workload.dtype)
         return blank_student(teacher, spec, device=workload.device, dtype=dtype)
 
-    def inputs(spec: CandidateSpec) -> dict[str, Tensor]:
+    def inputs(spec: CandidateSpec) -> dict[str, Any]:
         return example(data, workload, teacher, spec)
 
     step = CachedStep(workload.context) if workload.context else forward
     return Bench(build, inputs, step, repeats=repeats, threads=workload.threads)
 
 
-def example(data: TaskData, workload: Workload, teacher: PreTrainedModel, spec: CandidateSpec) -> dict[str, Tensor]:
+def example(data: TaskData, workload: Workload, teacher: PreTrainedModel, spec: CandidateSpec) -> dict[str, Any]:
     """Inputs of one step, like the rows of the task but of the workload's size; tokens are drawn at random."""
     if "input_ids" not in data.inputs:
         rows = {name: value[:1].expand(workload.batch, *value.shape[1:]) for name, value in data.inputs.items()}
         dtype = getattr(torch, workload.dtype)
         return {name: (v.to(dtype) if v.is_floating_point() else v).to(workload.device) for name, v in rows.items()}
     most = teacher.config.vocab_size if spec.vocabulary is None else len(spec.vocabulary)
+    more = {} if workload.context or data.task != CAUSAL_LM else {"use_cache": False}
     ids = torch.randint(most, (workload.batch, workload.sequence), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids.to(workload.device)}
+    return {"input_ids": ids.to(workload.device)} | more
 
 
 @dataclass
@@ -70,6 +74,68 @@ class CachedStep:
         cache = self._caches[model]
         model(**inputs, past_key_values=cache, use_cache=True)
         cache.crop(-ids.shape[1])
+
+
+@dataclass
+class Activations:
+    """Bytes that the layers of a student need at once, from real layers one at a time.
+
+    What one layer needs is free again when the next one runs, so the peak of a student is that of the layer that needs
+    most. Each form of a layer is measured once, in a student of its own with few tokens in its vocabulary: the logits
+    are counted elsewhere.
+    """
+
+    bench: Bench
+    teacher: TeacherShape
+    tokens: tuple[int, ...] | None = None
+    """Vocabulary of the students that are measured, None for the teacher's."""
+    _known: dict[Any, float] = field(default_factory=dict, repr=False)
+
+    def __call__(self, spec: CandidateSpec) -> float:
+        """Bytes at the peak, without weights and logits."""
+        types = self.teacher.layer_types
+        most = 0.0
+        for stack, layers in spec.stacks():
+            for layer in layers:
+                kind = types[layer.source] if types and not stack else None
+                only = len(layers) == 1
+                key = (stack, kind, layer.sizes(), layer.added, spec.hidden_size, only)
+                if key not in self._known:
+                    form = (layer,) if only else self._pair(stack, layer)
+                    self._known[key] = self._measured(spec, stack, form)
+                most = max(most, self._known[key])
+        return most
+
+    def _pair(self, stack: int, layer: LayerSpec) -> tuple[LayerSpec, ...]:
+        """The layer and one more of its form: what comes into the first is held until the last has run."""
+        theirs = (self.teacher.layers, self.teacher.decoder_layers)[stack]
+        twins = [
+            replace(layer, source=n) for n in range(len(theirs)) if theirs[n].sizes() == theirs[layer.source].sizes()
+        ]
+        twin = next((twin for twin in twins if twin.source != layer.source), None)
+        if twin is None or layer.added:
+            return (layer,)
+        return (layer, twin) if layer.source < twin.source else (twin, layer)
+
+    def _measured(self, spec: CandidateSpec, stack: int, layers: tuple[LayerSpec, ...]) -> float:
+        stacks = [(self.teacher.layers[0],), self.teacher.decoder_layers[:1]]
+        stacks[stack] = layers
+        alone = replace(spec, layers=stacks[0], decoder_layers=stacks[1], vocabulary=self.tokens)
+        model, inputs = self.bench.build(alone).eval(), self.bench.inputs(alone)
+        own = sum(t.untyped_storage().nbytes() for t in _tensors(model))
+        with torch.inference_mode():
+            return peak_bytes(model, lambda: self.bench.step(model, inputs)) - own
+
+
+def few_tokens(teacher: PreTrainedModel) -> tuple[int, ...] | None:
+    """The least vocabulary that a configuration can have: some tokens, and all that it names. None without tokens."""
+    size = getattr(teacher.config, "vocab_size", None)
+    if size is None:
+        return None
+    values = teacher.config.to_dict() | (teacher.generation_config.to_dict() if teacher.can_generate() else {})
+    named = [value for name, value in values.items() if name.endswith("_token_id") and value is not None]
+    flat = {token for value in named for token in (value if isinstance(value, list) else [value])}
+    return tuple(sorted({*range(min(FEW_TOKENS, size)), *(t for t in flat if 0 <= t < size)}))
 
 
 @torch.no_grad()

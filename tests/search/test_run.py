@@ -10,10 +10,11 @@ import torch
 from hf_qep.distill.losses import DistillLoss
 from hf_qep.errors import CheckpointError, ConfigError
 from hf_qep.search.analysis import analyse
+from hf_qep.search.costs import Choice
 from hf_qep.search.limits import Limits, Workload
 from hf_qep.search.proxies import ProxyContext
 from hf_qep.search.results import SearchResult
-from hf_qep.search.run import SearchPlan, run_search
+from hf_qep.search.run import SearchPlan, cost_model, measure, run_search
 from hf_qep.search.space import SearchSpace
 from hf_qep.search.study import StudyOptions
 from hf_qep.search.workload import CachedStep, bench_for, peak_bytes
@@ -120,3 +121,16 @@ def test_peak_bytes_are_those_of_the_weights_and_of_what_is_alive_at_once():
     with torch.inference_mode():
         found = peak_bytes(model, lambda: model(x))
     assert found == 4 * (100 * 1000 + 1000 * 10) + 4 * (50 * 1000 + 50 * 10)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere2", "bert_classifier", "vit"])
+def test_memory_of_students_is_foretold(tiny_model, family):
+    context, space = setting(tiny_model(family), family)
+    bench = bench_for(context.teacher, context.fit, Workload(batch=8, sequence=32, threads=1))
+    cost = cost_model(context, space, Workload(batch=8, sequence=32), None, bench)
+    make = torch.Generator().manual_seed(3)
+    choices = [Choice(space.random(make)) for _ in range(5)]
+    for key, found in measure(bench, choices, cost).items():
+        predicted = next(cost(choice) for choice in choices if choice.key() == key)
+        assert predicted.memory_mb == pytest.approx(found.memory_mb, rel=0.12)
+        assert predicted.parameters == found.parameters
