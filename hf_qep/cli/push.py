@@ -17,7 +17,9 @@ RESUME = "Interrupted. No half push is visible on the Hub; run the same command 
 
 
 def push_command(
-    folder: Annotated[Path, typer.Argument(help="Folder that quantize, eval and card have filled.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder that quantize, eval and card have filled, or distill train and report.")
+    ],
     repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; without OWNER it is your account.")],
     public: Annotated[bool, typer.Option("--public", help="Show it to everybody. Left out: private.")] = False,
     gated: Annotated[

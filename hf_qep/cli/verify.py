@@ -37,7 +37,10 @@ def verify_command(
     quiet: output.QuietOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
-    """Recompute checksums, load, measure a sample again; exit code 3 and a list if something differs."""
+    """Recompute checksums, load, measure a sample again; exit code 3 and a list if something differs.
+
+    Scores of a student are not measured again: the rows of its task are not a part of it.
+    """
     if sample_tokens < 0:
         raise ConfigError(f"--sample-tokens {sample_tokens} is negative; use 0 to measure nothing again")
     to_device(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,12 +233,20 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def model_class(config: PreTrainedConfig) -> Any:
     """Class with `from_pretrained` and `from_config` for a config."""
     for name in config.architectures or []:
-        named = getattr(transformers, str(name), None)
+        named = getattr(transformers, str(name), None) or _neighbour(config, str(name))
         if isinstance(named, type) and issubclass(named, PreTrainedModel):
             return named
     own_code = getattr(config, "auto_map", None) or {}
     causal = type(config) in AutoModelForCausalLM._model_mapping or AutoModelForCausalLM.__name__ in own_code
     return AutoModelForCausalLM if causal else AutoModel
+
+
+def _neighbour(config: PreTrainedConfig, name: str) -> Any:
+    """What `name` is in the module of the config's class, None for nothing; students are made there by their names."""
+    try:
+        return getattr(sys.modules[type(config).__module__], name, None)
+    except TypeError:  # a name of something that is no class, from a file that lies
+        return None
 
 
 def _check_not_quantized(config: dict[str, Any]) -> None:

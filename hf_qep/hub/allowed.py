@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Collection
 from pathlib import Path
 
 from hf_qep.engine.headers import INDEX_FILE, MANIFEST
 
 LOADER, STUDENT_CODE = "modeling_qep.py", "modeling_student.py"
 """The only Python files that are published, and only byte for byte as this package writes them."""
+STUDENT, DISTILLATION = "student.json", "distillation.json"
+"""What was cut from a teacher, and what a training has found; a folder with the latter and no manifest is a student."""
 
 _ALLOWED = {
     "weights": r"model(-\d{5}-of-\d{5})?\.safetensors",
     "index": re.escape(INDEX_FILE),
     "manifest": re.escape(MANIFEST),
-    "record": r"(hf_qep_(eval|samples)|student)\.json|vocab_map\.safetensors",
+    "record": r"(hf_qep_(eval|samples)|student|distillation)\.json|vocab_map\.safetensors",
     "card": r"README\.md",
     "licence": r"(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.(md|txt))?",
     "config": r"(config|generation_config|(image_|video_|audio_)?(pre)?processor_config)\.json",
@@ -32,6 +35,18 @@ _ALLOWED = {
 MADE_LATER = {"card", "record", "licence", "plot", "result", "manifest"}
 """Kinds that the manifest does not list: they are made from the checkpoint, or beside it, after it was written."""
 REQUIRED = ("config.json", MANIFEST, "README.md")
+REQUIRED_OF_STUDENT = ("config.json", DISTILLATION, "README.md")
+"""Besides STUDENT, where it was cut from its teacher."""
+
+
+def is_student(names: Collection[str]) -> bool:
+    """Whether files of these names are a student that stayed float; quantised, it is a checkpoint like any other."""
+    return MANIFEST not in names and (DISTILLATION in names or STUDENT in names)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the files of a folder that hold a model's weights, whatever else is stored as safetensors there."""
+    return sum(path.stat().st_size for path in folder.iterdir() if kind_of(path.name) == "weights")
 
 
 def kind_of(name: str) -> str | None:

@@ -41,7 +41,7 @@ def card_contradictions(card: str, record: EvalRecord) -> list[str]:
         return [f"the card: {error}"]
     return [
         f"the card gives {name!r} as {value!r}, and the record holds no such number; run: hf-qep card"
-        for kind, name, value in _index_values(index)
+        for kind, name, value in index_values(index)
         if not any(_is_rounded(value, number) for number in _numbers_of_subject(record, f"{kind} {name}"))
     ]
 
@@ -107,7 +107,7 @@ def _numbers_of_subject(record: EvalRecord, kind: str) -> Iterator[float]:
     yield from (estimate.value for estimate in chosen if estimate is not None)
 
 
-def _index_values(index: Any) -> Iterator[tuple[str, str, Any]]:
+def index_values(index: Any) -> Iterator[tuple[str, str, Any]]:
     """(type, name, value) of each metric of a model-index, as far as it has the usual shape."""
     for model in _dicts(index):
         for result in _dicts(model.get("results")):

@@ -1,7 +1,7 @@
-"""May a 1-bit copy of a model be published under the licence of its original, and on what terms.
+"""May a 1-bit copy or a student of a model be published under the licence of its original, and on what terms.
 
-Quantised weights are an adaptation of the original, so its licence decides. The names are those that the Hub knows.
-This is a rule of caution of a tool, no legal advice: what is not known is refused.
+Quantised weights are an adaptation of the original, and so are those of a student, so its licence decides. The names
+are those that the Hub knows. This is a rule of caution of a tool, no legal advice: what is not known is refused.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def decide(licence: str | None) -> LicenceDecision:
             False,
             False,
             False,
-            f"the licence {name} allows no adaptations to be shared, and 1-bit weights are one",
+            f"the licence {name} allows no adaptations to be shared, and weights made from it are one",
         )
     if re.fullmatch(r"cc-by-nc(-sa)?-\d\.\d", name) or name in _RESEARCH.split():
         return LicenceDecision(name, True, True, True, f"the licence {name} allows NonCommercial use only")

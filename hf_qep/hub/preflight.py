@@ -18,7 +18,18 @@ from hf_qep.engine.headers import CODE_KEYS, INDEX_FILE, MANIFEST, SINGLE_FILE, 
 from hf_qep.errors import QepError, UnsafeContentError
 from hf_qep.files import canonical_json, sha256
 from hf_qep.hub import secrets
-from hf_qep.hub.allowed import LOADER, MADE_LATER, REQUIRED, STUDENT_CODE, kind_of, list_files
+from hf_qep.hub.allowed import (
+    DISTILLATION,
+    LOADER,
+    MADE_LATER,
+    REQUIRED,
+    REQUIRED_OF_STUDENT,
+    STUDENT_CODE,
+    is_student,
+    kind_of,
+    list_files,
+)
+from hf_qep.hub.student_folder import AGAIN, CARD_COMMAND, read_student, student_problems
 from hf_qep.progress import SILENT, Progress
 
 RECORD, SAMPLES = "hf_qep_eval.json", "hf_qep_samples.json"
@@ -43,17 +54,41 @@ class LocalFile:
         return kind_of(self.path) == "weights"
 
 
+@dataclass(frozen=True)
+class Origin:
+    """A model that this one was made from, as its own files name it. where: the file that does."""
+
+    where: str
+    name: str | None
+    revision: str | None
+    licence: str | None
+
+    @classmethod
+    def of(cls, where: str, name: Any, revision: Any, licence: Any) -> Origin:
+        """From json values; what is no text is unknown."""
+        return cls(where, *(value if isinstance(value, str) and value else None for value in (name, revision, licence)))
+
+
 @dataclass
 class FolderReport:
-    """What was found in a folder. unsafe: problems that could hurt somebody, a part of `problems`."""
+    """What was found in a folder. unsafe: problems that could hurt somebody, a part of `problems`.
+
+    origins: the original, or the first weights of a student and then its teacher if that is another model.
+    """
 
     folder: Path
     files: list[LocalFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     unsafe: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    manifest: dict[str, Any] = field(default_factory=dict)
+    origins: list[Origin] = field(default_factory=list)
     card: str = ""
+    is_student: bool = False
+
+    @property
+    def card_command(self) -> str:
+        """What writes the card."""
+        return CARD_COMMAND if self.is_student else "hf-qep card"
 
     @property
     def weight_bytes(self) -> int:
@@ -79,7 +114,9 @@ def check_folder(folder: Path, *, tokens: tuple[str, ...] = (), progress: Progre
         report.refuse(f"{folder.name!r} is a link; give the folder itself")
     names, stray = list_files(folder)
     report.refuse(*stray)
-    report.problems += [f"{name!r} is missing; {_remedy(name)}" for name in REQUIRED if name not in names]
+    report.is_student = is_student(names)
+    required = REQUIRED_OF_STUDENT if report.is_student else REQUIRED
+    report.problems += [f"{n!r} is missing; {_remedy(n, report)}" for n in required if n not in names]
     if report.unsafe:
         # A name that is not known, or a link, may be anything: nothing is opened before the list is clean.
         return report
@@ -90,13 +127,14 @@ def check_folder(folder: Path, *, tokens: tuple[str, ...] = (), progress: Progre
             report.files.append(LocalFile(name, path.stat().st_size, sha256(path)))
             report.refuse(*secrets.scan(path, name, tokens=tokens, places=kind_of(name) != "vocabulary"))
             bar.advance(detail=name)
-    for check in (_check_weights, _check_manifest, _check_config, _check_pictures, _check_record, _check_card):
+    records = (_check_student,) if report.is_student else (_check_manifest, _check_record)
+    for check in (_check_card, _check_weights, _check_config, _check_pictures, *records):
         try:
             check(report)
         except QepError as error:
             report.problems.append(str(error))
         except RecursionError:
-            report.problems.append("a json file is nested too deeply to be one of a checkpoint; run: hf-qep quantize")
+            report.problems.append(f"a json file is nested too deeply to be one of a checkpoint; {_again(report)}")
     return report
 
 
@@ -114,24 +152,31 @@ def git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def config_problems(folder: Path, loader: bytes | None) -> list[str]:
+def config_problems(
+    folder: Path, loader: bytes | None, *, student: bool = False, student_code: bytes | None = None
+) -> list[str]:
     """Keys of configs that would run code, a loader that is not ours, a checkpoint that is not of this package.
 
-    loader: content of the loader file, None if there is none.
+    loader: content of the loader file, None if there is none. student: whether it is a float student. student_code:
+    content of its code where that is not in `folder`.
     """
     config = read_json(folder / "config.json")
     method = config.get("quantization_config")
     problems = []
-    if not isinstance(method, dict) or method.get("quant_method") != "qep":
+    floats = student and not method
+    if not floats and (not isinstance(method, dict) or method.get("quant_method") != "qep"):
         return ["'config.json' is not that of a checkpoint of hf_qep; make one with: hf-qep quantize"]
-    code = folder / STUDENT_CODE
-    if code.is_file() and code.read_bytes() != (Path(__file__).parents[1] / "students" / STUDENT_CODE).read_bytes():
+    path = folder / STUDENT_CODE
+    code = path.read_bytes() if path.is_file() else student_code
+    if code is not None and code != own_student_code():
         problems.append(f"{STUDENT_CODE!r} is not the file that hf_qep writes; code is never published, remove it")
-    if loader is not None:
+    if floats and loader is not None:
+        problems.append(f"{LOADER!r} belongs to packed weights, and these are not; remove it")
+    elif loader is not None:
         problems += _loader_problems(config, loader)
-    elif code.is_file():
+    elif code is not None:
         problems += _student_problems(config)
-    ours = loader is not None or code.is_file()
+    ours = loader is not None or code is not None
     for path in sorted(folder.glob("*.json")):
         if kind_of(path.name) in ("config", "tokenizer"):
             main = path.name == "config.json"
@@ -185,8 +230,19 @@ def record_problems(folder: Path, digests: dict[str, str]) -> list[str]:
     return problems
 
 
-def _remedy(name: str) -> str:
-    return "run: hf-qep eval, then: hf-qep card" if name == "README.md" else "run: hf-qep quantize"
+def own_student_code() -> bytes:
+    """The code that students carry, as this package writes it."""
+    return (Path(__file__).parents[1] / "students" / STUDENT_CODE).read_bytes()
+
+
+def _remedy(name: str, report: FolderReport) -> str:
+    if name != "README.md":
+        return _again(report)
+    return f"run: {report.card_command}" if report.is_student else "run: hf-qep eval, then: hf-qep card"
+
+
+def _again(report: FolderReport) -> str:
+    return AGAIN if report.is_student else "run: hf-qep quantize"
 
 
 def _check_weights(report: FolderReport) -> None:
@@ -214,10 +270,23 @@ def _index_problems(folder: Path, shards: set[str], weight_map: dict[str, str]) 
 
 def _check_manifest(report: FolderReport) -> None:
     """Recomputed checksums against those that were written with the files."""
-    report.manifest = read_json(report.folder / MANIFEST)
-    report.problems += manifest_problems(
-        report.manifest, {file.path: (file.sha256, file.size) for file in report.files}
-    )
+    manifest = read_json(report.folder / MANIFEST)
+    named = [manifest.get(key) for key in ("base_model", "revision", "licence")]
+    report.origins.append(Origin.of("the manifest", *named))
+    report.problems += manifest_problems(manifest, {file.path: (file.sha256, file.size) for file in report.files})
+
+
+def _check_student(report: FolderReport) -> None:
+    """What a training has found against the files, and against the card."""
+    from hf_qep.hub.cards.distilled import student_values
+
+    values = student_values(read_student(report.folder), report.folder.name)
+    for model in (values["start"], values["teacher"]):
+        origin = Origin.of(repr(DISTILLATION), model["name"], model["revision"], model["licence"])
+        if origin.name not in [other.name for other in report.origins]:
+            report.origins.append(origin)
+    files = {file.path: (file.sha256, file.size) for file in report.files}
+    report.problems += student_problems(report.folder, files, report.card or None)
 
 
 def manifest_problems(manifest: dict[str, Any], found: dict[str, tuple[str, int]]) -> list[str]:
@@ -247,7 +316,13 @@ def manifest_problems(manifest: dict[str, Any], found: dict[str, tuple[str, int]
 
 def _check_config(report: FolderReport) -> None:
     loader = report.folder / LOADER
-    report.refuse(*config_problems(report.folder, loader.read_bytes() if loader.is_file() else None))
+    content = loader.read_bytes() if loader.is_file() else None
+    report.refuse(*config_problems(report.folder, content, student=report.is_student))
+    if content is None and not report.is_student and (report.folder / STUDENT_CODE).is_file():
+        report.warnings.append(
+            f"readers without hf_qep are told of shapes that do not fit, not of the package that they need; {LOADER!r} "
+            "names it, quantise again with: hf-qep quantize --remote-code"
+        )
 
 
 def _check_pictures(report: FolderReport) -> None:
@@ -266,7 +341,7 @@ def _check_card(report: FolderReport) -> None:
     path = report.folder / "README.md"
     if path.is_file():
         report.card = path.read_text(encoding="utf-8", errors="replace")
-        report.problems += [f"the card: {sentence}" for sentence in card_problems(report.card)]
+        report.problems += [f"the card: {said}" for said in card_problems(report.card, report.card_command)]
 
 
 def _code_keys(value: Any) -> list[str]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_qep.engine.headers import MANIFEST
 from hf_qep.errors import CardError, QepError
 from hf_qep.hub import secrets
-from hf_qep.hub.allowed import kind_of
+from hf_qep.hub.allowed import DISTILLATION, kind_of
 from hf_qep.hub.base import BaseFacts, read_metadata
-from hf_qep.hub.preflight import FolderReport, LocalFile, check_disk, check_folder, git_oid
+from hf_qep.hub.preflight import FolderReport, LocalFile, Origin, check_disk, check_folder, git_oid
 from hf_qep.hub.remote import Account, Gate, HubRefusal, Remote, RemoteFile, RepoState
 from hf_qep.progress import SILENT, Progress
 
@@ -123,12 +124,13 @@ def plan_push(
     report = check_folder(folder, tokens=remote.tokens, progress=progress)
     plan = PushPlan(folder, repo_id, remote.endpoint, options, "", report.files)
     plan.problems, plan.unsafe, plan.warnings = report.problems, report.unsafe, report.warnings
-    if report.card and not is_generated(report.card):
+    if report.card and not report.is_student and not is_generated(report.card):
         plan.warnings.append(HAND_MADE)
-    plan.message = options.commit_message or f"Upload {folder.resolve().name}: packed weights, card and record"
+    weights = "weights" if report.is_student else "packed weights"
+    plan.message = options.commit_message or f"Upload {folder.resolve().name}: {weights}, card and record"
     _check_words(plan, remote)
     _check_disk(plan, report)
-    base = None
+    bases: list[BaseFacts] = []
     try:
         if not _is_name(plan):
             return plan
@@ -136,13 +138,13 @@ def plan_push(
         plan.state = remote.repo(plan.repo_id, options.revision)
         _check_target(plan)
         _check_snippet(plan, report)
-        _compare(plan, remote)
-        base = _base_facts(plan, report, remote)
+        _compare(plan, remote, DISTILLATION if report.is_student else MANIFEST)
+        bases = _base_facts(plan, report, remote)
         if report.card and (complaint := remote.validate_card(report.card)):
-            plan.problems.append(f"the Hub refuses the card: {complaint}; run: hf-qep card")
+            plan.problems.append(f"the Hub refuses the card: {complaint}; run: {report.card_command}")
     except HubRefusal as error:
         plan.problems.append(str(error))
-    _decide(plan, report, base)
+    _decide(plan, report, bases)
     return plan
 
 
@@ -246,14 +248,16 @@ def _check_snippet(plan: PushPlan, report: FolderReport) -> None:
     """The card must tell readers to load this repository, not a folder of whoever made it."""
     named = re.findall(r"\.from_pretrained\(\s*[\"']([^\"'\n]+)", report.card)
     if named and plan.repo_id not in named:
-        plan.warnings.append(
-            f"the card tells readers to load {named[0]!r}, not {plan.repo_id!r}; run: hf-qep card --repo-id "
-            f"{plan.repo_id}"
-        )
+        sentence = f"the card tells readers to load {named[0]!r}, not {plan.repo_id!r}; run: "
+        if report.is_student:
+            command = report.card_command.replace("OWNER/NAME", plan.repo_id)
+            plan.problems.append(sentence + command)
+        else:
+            plan.warnings.append(f"{sentence}hf-qep card --repo-id {plan.repo_id}")
 
 
-def _compare(plan: PushPlan, remote: Remote) -> None:
-    """What is to be added, replaced, kept and deleted at the revision."""
+def _compare(plan: PushPlan, remote: Remote, mark: str) -> None:
+    """What is to be added, replaced, kept and deleted at the revision. mark: file of every push of this kind."""
     state, revision = plan.state, plan.options.revision
     if not plan.files:
         return
@@ -268,10 +272,12 @@ def _compare(plan: PushPlan, remote: Remote) -> None:
     plan.actions |= dict.fromkeys(stale, "delete")
     plan.kept = sorted(set(there) - set(plan.actions))
     weights = [name for name in there if re.search(r"\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)$", name)]
-    if weights and "hf_qep_manifest.json" not in there and not plan.options.overwrite:
+    if weights and mark not in there and not plan.options.overwrite:
+        other = {MANIFEST: "a quantised model", DISTILLATION: "a float student"}
+        held = next((what for name, what in other.items() if name in there), "a model that hf_qep did not push")
         plan.problems.append(
-            f"{plan.repo_id} holds a model that hf_qep did not push ({weights[0]!r}, revision {revision}); choose "
-            "another name, or pass --overwrite to replace it"
+            f"{plan.repo_id} holds {held} ({weights[0]!r}, revision {revision}); choose another name, or pass "
+            "--overwrite to replace it"
         )
     code = [name for name in plan.kept if name.endswith(".py")]
     foreign = [name for name in plan.kept if name in weights]
@@ -279,46 +285,60 @@ def _compare(plan: PushPlan, remote: Remote) -> None:
     plan.warnings += [f"{name!r} on the Hub holds other weights that this push leaves there" for name in foreign]
 
 
-def _base_facts(plan: PushPlan, report: FolderReport, remote: Remote) -> BaseFacts | None:
-    """Facts of the original on the Hub. A name that cannot be found there forbids to show the copy to everybody: the
+def _base_facts(plan: PushPlan, report: FolderReport, remote: Remote) -> list[BaseFacts]:
+    """Facts of the originals on the Hub. A name that cannot be found there forbids to show the copy to everybody: the
     link would lead nowhere, and licence and gate would be what the card says."""
-    name, revision = report.manifest.get("base_model"), report.manifest.get("revision")
     named = _card_base(report.card)
-    if named and isinstance(name, str) and "/" in name and name not in named:
-        plan.problems.append(f"the card names the original {named[0]!r}, the manifest {name!r}; run: hf-qep card")
-    ids = [x for x in (*named, name) if isinstance(x, str) and x.count("/") == 1]
+    origins = {o.name: o for o in report.origins if o.name and "/" in o.name}
+    if named and origins and not set(named) & set(origins):
+        first = next(iter(origins.values()))
+        plan.problems.append(
+            f"the card names the original {named[0]!r}, {first.where} {first.name!r}; run: {report.card_command}"
+        )
+    # The card names one original; a student has a second one where its teacher is not what it began as.
+    ids = [x for x in dict.fromkeys([*named[:1], *origins]) if x.count("/") == 1]
     if not ids:
         if report.files:  # else nothing was read, and the reason stands in the problems
             plan.warnings.append(
-                "no original is named by its Hub id, so the Hub will show none; name it with: hf-qep card"
+                f"no original is named by its Hub id, so the Hub will show none; name it with: {report.card_command}"
             )
-        return None
+        return []
+    found = [_look_up(plan, name, origins[name].revision if name in origins else None, remote) for name in ids]
+    return [facts for facts in found if facts is not None]
+
+
+def _look_up(plan: PushPlan, name: str, revision: str | None, remote: Remote) -> BaseFacts | None:
+    """Facts of one original, None if it cannot be looked up, which is noted."""
     try:
-        at = revision if isinstance(revision, str) and ids[0] == name else None
-        return remote.call(f"look at the original {ids[0]}", lambda: BaseFacts.from_hub(remote.api, ids[0], at))
+        return remote.call(f"look at the original {name}", lambda: BaseFacts.from_hub(remote.api, name, revision))
     except QepError as error:
-        sentence = f"the original {ids[0]} could not be looked up ({error}); its name, licence and gate are unchecked"
+        sentence = f"the original {name} could not be looked up ({error}); its name, licence and gate are unchecked"
         (plan.problems if plan.shown_to_all else plan.warnings).append(sentence)
         return None
 
 
-def _decide(plan: PushPlan, report: FolderReport, base: BaseFacts | None) -> None:
-    """Licence and gate. Of several licences that are named, each must allow it."""
+def _decide(plan: PushPlan, report: FolderReport, bases: list[BaseFacts]) -> None:
+    """Licence and gate. Of several licences that are named, each must allow it; each original must have one."""
     from hf_qep.hub.licences import decide
 
     card = _card_licence(report.card)
-    named = {"card": card, "manifest": report.manifest.get("licence"), "original": base.licence if base else None}
-    found = {where: licence for where, licence in named.items() if isinstance(licence, str) and licence}
-    plan.licence = card or next(iter(found.values()), None)
-    if len(set(found.values())) > 1:
-        said = ", ".join(f"{where} {licence!r}" for where, licence in found.items())
-        sentence = f"the licences differ: {said}; run: hf-qep card"
-        (plan.problems if plan.shown_to_all else plan.warnings).append(sentence)
-    decisions: list[LicenceDecision] = [decide(licence) for licence in dict.fromkeys(found.values())] or [decide(None)]
+    plan.licence = card
+    licences: list[str | None] = []
+    for number, origin in enumerate(report.origins or [Origin("", None, None, None)]):
+        base = next((b for b in bases if b.id == origin.name), bases[0] if bases and not number else None)
+        named = {"card": None if number else card, origin.where: origin.licence, "original": base and base.licence}
+        found = {where.removeprefix("the "): licence for where, licence in named.items() if licence}
+        plan.licence = plan.licence or next(iter(found.values()), None)
+        licences += found.values() or [None]
+        if len(set(found.values())) > 1:
+            said = ", ".join(f"{where} {licence!r}" for where, licence in found.items())
+            sentence = f"the licences differ: {said}; run: {report.card_command}"
+            (plan.problems if plan.shown_to_all else plan.warnings).append(sentence)
+    decisions: list[LicenceDecision] = [decide(licence) for licence in dict.fromkeys(licences)]
     strict = [d for d in decisions if not d.publish_public or d.needs_acknowledgement] or decisions
     plan.decision = "; ".join(dict.fromkeys(d.reason for d in strict))
     demanded = any(d.gate for d in decisions)
-    plan.gate = _gate(plan, base, demanded)
+    plan.gate = _gate(plan, bases, demanded)
     if not plan.shown_to_all:
         return
     if not all(d.publish_public or d.needs_acknowledgement for d in decisions):
@@ -331,7 +351,7 @@ def _decide(plan: PushPlan, report: FolderReport, base: BaseFacts | None) -> Non
         plan.problems.append("a pull request cannot set the gate that this model needs; push to a repository of yours")
 
 
-def _gate(plan: PushPlan, base: BaseFacts | None, demanded: bool) -> Gate:
+def _gate(plan: PushPlan, bases: list[BaseFacts], demanded: bool) -> Gate:
     """The user's word; else what is set already; else what the original has; else what the licence demands."""
     word = plan.options.gated
     if word in ("auto", "manual"):
@@ -342,9 +362,9 @@ def _gate(plan: PushPlan, base: BaseFacts | None, demanded: bool) -> Gate:
         return plan.state.gated
     if not plan.shown_to_all:
         return None  # who may see a private repository is settled
-    inherited = base.gated if base else None
+    inherited = {base.gated for base in bases if base.gated}
     if inherited:
-        return "manual" if inherited == "manual" else "auto"
+        return "manual" if "manual" in inherited else "auto"
     return "auto" if demanded else None
 
 

@@ -7,6 +7,7 @@ digests and not downloaded, and the model is loaded by transformers' own classes
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ from typing import Any
 from hf_qep.engine.headers import MANIFEST, read_headers, read_json
 from hf_qep.errors import CheckpointError, QepError
 from hf_qep.files import sha256
-from hf_qep.hub.allowed import LOADER, REQUIRED, kind_of, list_files
+from hf_qep.hub.allowed import (
+    DISTILLATION,
+    LOADER,
+    REQUIRED,
+    REQUIRED_OF_STUDENT,
+    STUDENT_CODE,
+    is_student,
+    kind_of,
+    list_files,
+)
 from hf_qep.hub.cards.card import is_generated
 from hf_qep.hub.preflight import (
     RECORD,
@@ -23,11 +33,14 @@ from hf_qep.hub.preflight import (
     git_oid,
     loader_for,
     manifest_problems,
+    own_student_code,
     record_problems,
 )
 from hf_qep.hub.push_plan import HAND_MADE, differences
 from hf_qep.hub.remeasure import FindText, Measured, SampleOptions, remeasure
 from hf_qep.hub.remote import Remote, RemoteFile
+from hf_qep.hub.student_folder import file_problems, lists_files, read_student
+from hf_qep.hub.verify_student import check_card, check_student
 
 _IGNORED = (".gitattributes", ".cache/huggingface/")
 """What the Hub makes itself, and its client beside a download."""
@@ -65,11 +78,11 @@ class VerifyReport:
 
 @dataclass
 class _Subject:
-    """Where the files are and which there are. loader: content of the loader file, None without one."""
+    """Where the files are and which there are. code: content of each Python file, which may not be in `folder`."""
 
     folder: Path
     names: list[str]
-    loader: bytes | None = None
+    code: dict[str, bytes] = field(default_factory=dict)
     safe: bool = True
     """whether `folder` holds no link and no file that a reader might take for a part of the model"""
 
@@ -92,14 +105,20 @@ def verify(
         subject = _from_folder(Path(target), report)
     else:
         subject = _from_hub(target, revision, remote or Remote(), report)
-    missing = [f"{name!r} is missing" for name in REQUIRED if name not in subject.names]
-    report.note("all required files are there", missing)
+    student = is_student(subject.names)
+    required = REQUIRED_OF_STUDENT if student else REQUIRED
+    report.note("all required files are there", [f"{n!r} is missing" for n in required if n not in subject.names])
     right = _check_files(subject, report)
-    card = subject.folder / "README.md"
-    if card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace")):
+    path = subject.folder / "README.md"
+    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if student and card and DISTILLATION in subject.names:
+        check_card(card, subject.folder, report, remote_code=STUDENT_CODE in subject.names)
+    elif card and not is_generated(card):
         report.unchecked.append(HAND_MADE)
     if not (right and subject.safe):
         report.unchecked.append("loading and measuring: the files must be right before they are loaded")
+    elif student:
+        check_student(subject.folder, report)
     elif RECORD not in subject.names:
         report.unchecked.append(f"measurements: there is no {RECORD!r}")
     else:
@@ -115,8 +134,8 @@ def verify(
 def _from_folder(folder: Path, report: VerifyReport) -> _Subject:
     names, stray = list_files(folder, links_to=_blobs(folder), ignored=_IGNORED)
     report.note("no file but those of a checkpoint", stray)
-    loader = folder / LOADER
-    return _Subject(folder, names, loader.read_bytes() if LOADER in names else None, not stray)
+    code = {name: (folder / name).read_bytes() for name in (LOADER, STUDENT_CODE) if name in names}
+    return _Subject(folder, names, code, not stray)
 
 
 def _blobs(folder: Path) -> Path | None:
@@ -143,7 +162,7 @@ def _from_hub(target: str, revision: str | None, remote: Remote, report: VerifyR
     names = [name for name in sorted(there) if kind_of(name) is not None]
     stray = sorted(set(there) - set(names) - set(_IGNORED))
     report.note("no file but those of a checkpoint", [f"{name!r} does not belong to a checkpoint" for name in stray])
-    wanted = [name for name in names if name != LOADER]
+    wanted = [name for name in names if name not in (LOADER, STUDENT_CODE)]
     folder = Path(
         remote.call(
             f"download {target}",
@@ -159,18 +178,17 @@ def _from_hub(target: str, revision: str | None, remote: Remote, report: VerifyR
     )
     # The cache may hold more of this commit than was asked for now; a reader would see that too.
     _, stray = list_files(folder, links_to=_blobs(folder), ignored=_IGNORED)
-    return _Subject(folder, names, _loader_by_digest(folder, there), not stray)
+    return _Subject(folder, names, _code_by_digest(folder, there), not stray)
 
 
-def _loader_by_digest(folder: Path, there: dict[str, RemoteFile]) -> bytes | None:
-    """Our own loader if that on the Hub has its digest; other bytes, which will be refused, if it has another one."""
-    if LOADER not in there:
-        return None
+def _code_by_digest(folder: Path, there: dict[str, RemoteFile]) -> dict[str, bytes]:
+    """Our own Python files if those on the Hub have their digests; other bytes, which will be refused, if not."""
+    own = {STUDENT_CODE: own_student_code()}
     try:
-        own, _ = loader_for(read_json(folder / "config.json"))
+        own[LOADER] = loader_for(read_json(folder / "config.json"))[0] if LOADER in there else b""
     except QepError:
-        return b""  # the config is reported by its own check
-    return own if there[LOADER].oid == git_oid(own) else b""
+        own[LOADER] = b""  # the config is reported by its own check
+    return {n: text if there[n].oid == git_oid(text) else b"" for n, text in own.items() if n in there}
 
 
 def _check_files(subject: _Subject, report: VerifyReport) -> bool:
@@ -180,14 +198,20 @@ def _check_files(subject: _Subject, report: VerifyReport) -> bool:
         for name in subject.names
         if (subject.folder / name).is_file()
     }
-    if subject.loader is not None:
-        found[LOADER] = (hashlib.sha256(subject.loader).hexdigest(), len(subject.loader))
+    found |= {name: (hashlib.sha256(text).hexdigest(), len(text)) for name, text in subject.code.items()}
     before = len(report.differs)
-    checks = {
+    loader, student_code = subject.code.get(LOADER), subject.code.get(STUDENT_CODE)
+    student = is_student(subject.names)
+    checks: dict[str, Callable[[], list[str]]] = {
         "headers and index of the weights": lambda: [] if read_headers(subject.folder) else ["there are no weights"],
         f"checksums of {MANIFEST}": lambda: manifest_problems(read_json(subject.folder / MANIFEST), found),
-        "no config leads to code": lambda: config_problems(subject.folder, subject.loader),
+        "no config leads to code": lambda: config_problems(
+            subject.folder, loader, student=student, student_code=student_code
+        ),
     }
+    if student:
+        del checks[f"checksums of {MANIFEST}"]
+        checks |= _student_checks(subject, report, found)
     if RECORD in subject.names:
         digests = {name: digest for name, (digest, _) in found.items()}
         checks["record, samples and results of the card"] = lambda: record_problems(subject.folder, digests)
@@ -199,3 +223,20 @@ def _check_files(subject: _Subject, report: VerifyReport) -> bool:
         except RecursionError:
             report.differs.append(f"{what}: a json file is nested too deeply to be one of a checkpoint")
     return len(report.differs) == before
+
+
+def _student_checks(
+    subject: _Subject, report: VerifyReport, found: dict[str, tuple[str, int]]
+) -> dict[str, Callable[[], list[str]]]:
+    """The check of digests that distillation.json has; without them that is noted."""
+    if DISTILLATION not in subject.names:
+        return {}
+    try:
+        facts = read_student(subject.folder)
+    except QepError as error:
+        reason = str(error)
+        return {DISTILLATION: lambda: [reason]}
+    if not lists_files(facts):
+        report.unchecked.append(f"checksums: {DISTILLATION!r} has none")
+        return {}
+    return {f"checksums of {DISTILLATION}": lambda: file_problems(facts, found)}

@@ -37,6 +37,9 @@ from hf_qep.students.units import KeptUnits
 
 DAMPING = 0.01
 """Ridge besides that for the number of tokens, in units of the mean diagonal."""
+CONSTANT = 1e-6
+"""Share of the energy that varies below which a writer reads a constant, as that of the first attention of a detector's
+decoder does, and only its bias can be fitted: what varies is noise."""
 ROOM_BYTES = 1 << 30
 """For the teacher's residual stream; beyond it the teacher runs again for every writer."""
 
@@ -171,10 +174,10 @@ def _fit(
         moments.update(x[keep], gap=gap[keep])
     biased = writers[0].bias is not None
     weight = torch.cat([w.weight for w in writers], 1).float()
-    amount = ridge(damping, width, moments.count)
-    fitted = correct_output(
-        weight, moments.hessian(centered=biased), moments.output_gap(centered=biased), damping=amount
-    )
+    hessian, fitted = moments.hessian(centered=biased), weight
+    if not biased or hessian.trace() > CONSTANT * moments.hessian(centered=False).trace():
+        amount = ridge(damping, width, moments.count)
+        fitted = correct_output(weight, hessian, moments.output_gap(centered=biased), damping=amount)
     if biased:
         shift = moments.mean_gap().to(weight.device) - (fitted - weight) @ moments.mean_quantized().to(weight.device)
         writers[0].bias.add_(shift.to(writers[0].bias))

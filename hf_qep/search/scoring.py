@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from hf_qep.algorithms.ranks import area_under_curve
 from hf_qep.architectures.skeleton import forward_only
 from hf_qep.distill.said import forward_inputs
-from hf_qep.distill.samples import TaskData
+from hf_qep.distill.samples import DETECTION, EMBEDDING, IGNORED, TaskData
 from hf_qep.errors import ConfigError
+from hf_qep.progress import SILENT, Progress
 from hf_qep.search.answers import answer_labels_of, answer_logits_of
 
 
@@ -22,17 +23,18 @@ class Scores:
     """What a model is worth on labelled rows.
 
     nll: (answers,) float32, negative log-likelihood of each right answer in nats. correct: (answers,) bool. auc: area
-    under the ROC curve where there are two classes and both occur, else None. chance: accuracy of always giving the
-    commonest answer.
+    under the ROC curve where there are two classes and both occur, else None. auc_stderr: its standard error. chance:
+    accuracy of always giving the commonest answer.
     """
 
     nll: Tensor
     correct: Tensor
     auc: float | None
+    auc_stderr: float | None
     chance: float
 
     def summary(self) -> dict[str, float | int | None]:
-        """JSON value: means and their standard errors."""
+        """JSON value: means and their standard errors, None for those of a single answer."""
         n = len(self.nll)
 
         def error(values: Tensor) -> float | None:
@@ -45,27 +47,51 @@ class Scores:
             "accuracy": self.correct.float().mean().item(),
             "accuracy_stderr": error(self.correct),
             "auc": self.auc,
+            "auc_stderr": self.auc_stderr,
             "majority": self.chance,
         }
 
 
+def can_score(data: TaskData) -> bool:
+    """Whether there are rows with one right class each, or tokens with one right successor each."""
+    return data.task not in (EMBEDDING, DETECTION) and data.labels is not None
+
+
 @torch.no_grad()
-def score(model: PreTrainedModel, data: TaskData, batch_size: int = 32) -> Scores:
-    """Score a model on labelled rows. Raises ConfigError where there are no classes to be right about."""
-    nlls, rights, labels_seen, margins = [], [], [], []
-    with forward_only(model):
+def score(model: PreTrainedModel, data: TaskData, batch_size: int = 32, *, progress: Progress = SILENT) -> Scores:
+    """Score a model on labelled rows, those with the label IGNORED left out.
+
+    Raises ConfigError where there are no classes to be right about.
+    """
+    if not can_score(data):
+        raise ConfigError(f"rows of {data.task} without class labels cannot be scored item by item")
+    nlls, rights, known, margins = [], [], [], []
+    batches = -(-len(data) // batch_size)
+    with forward_only(model), progress.bar("scoring", batches, "batch") as bar:
         for batch in data.batches(batch_size, model.device):
             labels = answer_labels_of(batch, data)
-            if labels is None:
-                raise ConfigError(f"rows of {data.task} without class labels cannot be scored item by item")
             logits = answer_logits_of(model(**forward_inputs(batch)), batch, data).float()
+            logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]
             nlls.append(F.cross_entropy(logits, labels, reduction="none").cpu())
             rights.append((logits.argmax(-1) == labels).cpu())
-            labels_seen.append(labels.cpu())
+            known.append(labels.cpu())
             if logits.shape[-1] == 2:
                 margins.append((logits[:, 1] - logits[:, 0]).cpu())
-    labels = torch.cat(labels_seen)
-    both = bool(margins) and 0 < int(labels.sum()) < len(labels)
-    auc = area_under_curve(torch.cat(margins).numpy(), labels.numpy()) if both else None
+            bar.advance()
+    labels = torch.cat(known)
+    if not len(labels):
+        raise ConfigError("no row has a label, so nothing can be scored")
+    ones = int(labels.sum())
+    auc = error = None
+    if margins and 0 < ones < len(labels):
+        auc = float(area_under_curve(torch.cat(margins).numpy(), labels.numpy()))
+        error = auc_error(auc, ones, len(labels) - ones)
     most = labels.bincount().max().item() / len(labels)
-    return Scores(torch.cat(nlls), torch.cat(rights), None if auc is None else float(auc), most)
+    return Scores(torch.cat(nlls), torch.cat(rights), auc, error, most)
+
+
+def auc_error(auc: float, ones: int, zeros: int) -> float:
+    """Standard error of an area under the ROC curve of so many rows of either class (Hanley and McNeil 1982, eq. 2)."""
+    both_ones, both_zeros = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (ones - 1) * (both_ones - auc**2) + (zeros - 1) * (both_zeros - auc**2)
+    return max(variance / (ones * zeros), 0.0) ** 0.5

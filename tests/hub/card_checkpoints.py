@@ -107,10 +107,11 @@ def unexplained_numbers(card: str, facts: CardFacts, folder: Path) -> list[str]:
     words |= {number for path in bundled("model_cards").rglob("*.jinja") for number in numbers_in(path.read_text())}
     words |= {"0", "1"}  # "0: identical" and "1 - cosine" name measurements
     body = re.sub(r"<!--.*?-->\s*\Z", "", card, flags=re.DOTALL)
-    return [number for number in numbers_in(body) if number not in words and not _found(number, known)]
+    return [number for number in numbers_in(body) if number not in words and not is_among(number, known)]
 
 
-def _found(number: str, known: list[float]) -> bool:
+def is_among(number: str, known: list[float]) -> bool:
+    """Whether a number as it is written is one of `known`, rounded."""
     plain = number.replace(",", "")
     decimals = len(plain.partition(".")[2])
     half = 0.5 * 10**-decimals

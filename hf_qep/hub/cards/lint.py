@@ -29,8 +29,10 @@ _ACTIVE = {
 _CODE_LINK = r"(\]\(\s*<?|\]:\s*<?|<|\b(href|src)\s*=\s*[\"']?)\s*(javascript|vbscript|data\s*:\s*text/html)\s*[:,;]"
 
 
-def card_problems(text: str) -> list[str]:
+def card_problems(text: str, command: str = "hf-qep card") -> list[str]:
     """What forbids the card `text` to be published, one sentence each; empty if nothing does.
+
+    command: what writes such a card.
 
     The metadata must be YAML that huggingface_hub's own classes read, and say what the Hub needs to list the model.
     """
@@ -38,15 +40,16 @@ def card_problems(text: str) -> list[str]:
 
     block = REGEX_YAML_BLOCK.search(text)
     if block is None:
-        return ["it has no metadata between --- lines at its top; run: hf-qep card"]
+        return [f"it has no metadata between --- lines at its top; run: {command}"]
     body = text[block.end() :]
     try:
         data = read_metadata(text)
     except CardError as error:
         return [str(error)]
     if not data:
-        return ["its metadata is empty; run: hf-qep card"]
-    return [*_parse_problems(text), *_metadata_problems(data), *_body_problems(body)]
+        return [f"its metadata is empty; run: {command}"]
+    found = [*_parse_problems(text), *_metadata_problems(data), *_body_problems(body)]
+    return [sentence.replace("run: hf-qep card", f"run: {command}") for sentence in found]
 
 
 def _parse_problems(text: str) -> list[str]:

@@ -10,10 +10,12 @@ from typing import Any
 
 from hf_qep.evaluation.estimates import Estimate
 from hf_qep.evaluation.tasks import TaskResult
+from hf_qep.hub.base import BaseFacts
 from hf_qep.hub.cards.escape import HUB, is_repo_id
 from hf_qep.hub.cards.facts import CardFacts
 from hf_qep.hub.cards.lint import TAG
 from hf_qep.hub.cards.words import auto_class, hub_datasets
+from hf_qep.hub.licences import LicenceDecision
 from hf_qep.hub.preflight import RECORD
 
 _TAGS = ("qep", "quantized", "compression", "safetensors")
@@ -65,16 +67,16 @@ def metadata(facts: CardFacts) -> Any:
         eval_results=results or None,
         model_name=(repo_id or facts.name) if results else None,
         **extra,
-        **gate_form(facts),
+        **licence_gate(facts.base, facts.decision),
     )
 
 
-def gate_form(facts: CardFacts) -> dict[str, Any]:
+def licence_gate(base: BaseFacts, decision: LicenceDecision) -> dict[str, Any]:
     """Questions to readers: those of the original; if it asks none and the licence is NonCommercial, that alone."""
-    if facts.base.gate_form or not facts.decision.gate:
-        return facts.base.gate_form
+    if base.gate_form or not decision.gate:
+        return base.gate_form
     return {
-        "extra_gated_prompt": f"These weights are for NonCommercial use only, under the licence {facts.licence}.",
+        "extra_gated_prompt": f"These weights are for NonCommercial use only, under the licence {decision.licence}.",
         "extra_gated_fields": {"I agree to use this model for NonCommercial purposes ONLY": "checkbox"},
     }
 
