@@ -4,11 +4,11 @@
     python scripts/bench_search.py --work runs/search --table
 
 Candidates are drawn inside five per cent of one latency, that of the teacher with half of its layers: otherwise the
-larger one wins and any count of parameters foretells it. The truth is the held-out loss after a distillation ten times
-as long as the short one, with two seeds; how far the seeds agree is as far as any proxy could get. The comparison gives
-uniform width pruning, depth pruning by block influence and the winner of the search the same latency and the same
-distillation. `--parts costs` times students, so it wants a machine that does nothing else. Every number is a line of a
-journal in the folder, so a run that was stopped goes on.
+larger one wins and any count of parameters foretells it. The truth is the held-out loss after a long distillation, ten
+times as long as the second rung of the ladder, with two seeds; how far the seeds agree is as far as any proxy could
+get. The comparison gives uniform width pruning, depth pruning by block influence and the winner of the search the same
+latency and the same distillation. `--parts costs` times students, so it wants a machine that does nothing else. Every
+number is a line of a journal in the folder, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import torch
 from search_tasks import TASKS, Task, teacher_of
 
 from hf_qep.distill.losses import DistillLoss
-from hf_qep.distill.said import take_said
 from hf_qep.distill.student_trainer import train_student
 from hf_qep.progress import Progress
 from hf_qep.search.additions import Aim
@@ -36,7 +35,7 @@ from hf_qep.search.latency import LatencyTable
 from hf_qep.search.limits import Limits, Workload
 from hf_qep.search.proxies import PROXIES, TAUGHT, ProxyContext, default_rate, proxy
 from hf_qep.search.recipes import by_influence
-from hf_qep.search.run import SearchPlan, cost_model, measure, run_search
+from hf_qep.search.run import SearchPlan, cost_model, ladder_of, measure, run_search
 from hf_qep.search.space import SearchSpace
 from hf_qep.search.study import StudyOptions
 from hf_qep.search.workload import bench_for
@@ -66,7 +65,7 @@ class Setting:
         train_student(
             student,
             self.task.train,
-            teacher=self.said(),
+            teacher=self.context.said("fit"),
             loss=self.context.loss,
             steps=self.arguments.long,
             learning_rate=default_rate(spec.hidden_size),
@@ -78,13 +77,6 @@ class Setting:
         error = rows.std().item() / len(rows) ** 0.5
         return {"loss": rows.mean().item(), "error": error, "seconds": time.monotonic() - began}
 
-    def said(self) -> Any:
-        """What the teacher says about the rows of the long distillation."""
-        shared = self.context._shared
-        if "train" not in shared:
-            shared["train"] = take_said(self.context.teacher, self.task.train, batch_size=256)
-        return shared["train"]
-
 
 def prepare(name: str, arguments: argparse.Namespace, progress: Progress) -> Setting:
     """Teacher, analysis and table of latencies of a task."""
@@ -94,7 +86,7 @@ def prepare(name: str, arguments: argparse.Namespace, progress: Progress) -> Set
     context = ProxyContext(
         teacher,
         analyse(teacher, task.fit, batch_size=64, progress=progress),
-        task.fit,
+        task.train,
         task.judge,
         loss=DistillLoss(),
         batch_size=BATCH,
@@ -178,9 +170,10 @@ def foretelling(setting: Setting, journal: Journal, budget: float, progress: Pro
 
 
 def judged(steps: int) -> list[str]:
-    """Names of all proxies; the default ladder ends with the short distillation of so many steps."""
+    """Names of all proxies, with the rungs of the default ladder."""
     cheap = [name for name in PROXIES if name not in TAUGHT]
-    return [*cheap, f"short@{max(1, steps // 3)}", f"short@{steps}", f"short_kl@{steps}"]
+    rungs = [name for name, _ in ladder_of(steps)]
+    return [*cheap, *rungs, rungs[-2].replace("short", "short_kl")]
 
 
 def timed_proxy(setting: Setting, name: str, spec: CandidateSpec) -> dict[str, float]:
@@ -195,8 +188,8 @@ def comparing(setting: Setting, journal: Journal, budget: float, progress: Progr
     arguments = setting.arguments
     folder = arguments.work / setting.task.name / "search"
     options = StudyOptions(trials=arguments.trials, seed=0)
-    ladder = tuple((f"short@{steps}", 1 / 3) for steps in (max(1, arguments.short // 3), arguments.short))
-    plan = SearchPlan(setting.workload, Limits(latency_ms=budget), options, ladder=ladder, repeats=9)
+    limits, rungs = Limits(latency_ms=budget), ladder_of(arguments.short)
+    plan = SearchPlan(setting.workload, limits, options, ladder=rungs, repeats=9)
     result = run_search(setting.context, setting.space, plan, folder, progress=progress)
     ours = result.pick("accurate").choice.spec
     rivals = {
@@ -236,7 +229,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--candidates", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--short", type=int, default=60, help="steps of the last rung of the ladder")
+    parser.add_argument("--short", type=int, default=180, help="steps of the last rung of the ladder")
     parser.add_argument("--long", type=int, default=600, help="steps of the distillation that is the truth")
     parser.add_argument("--trials", type=int, default=96, help="students that the search judges")
     parser.add_argument("--add", action="store_true", help="let the search add a layer")
@@ -250,7 +243,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     progress = Progress()
     for name in [] if arguments.table else arguments.tasks:
-        marks = {k: v for k, v in vars(arguments).items() if k in ("short", "long", "epochs", "scale", "add")}
+        marks = {k: v for k, v in vars(arguments).items() if k in ("long", "epochs", "scale", "add")}
         journal = Journal(arguments.work / name / "results.jsonl", {k: str(v) for k, v in marks.items()})
         setting = prepare(name, arguments, progress)
         budget = setting.table.predict(depth_pruned(setting))

@@ -70,7 +70,6 @@ class Schedule:
     warmup: float
     seed: int
     dropout: bool
-    decay: bool
 
     def __post_init__(self) -> None:
         for name in (
@@ -106,7 +105,6 @@ def train_student(
     warmup: float = 0.1,
     seed: int = 0,
     dropout: bool = False,
-    decay: bool = True,
     prototypes: Tensor | None = None,
     calibration: Calibration | None = None,
     keep_ids: Tensor | None = None,
@@ -119,16 +117,16 @@ def train_student(
     student: a model with the head of the task, plain, with adapters of peft, or packed. held_out: rows to judge by;
     without labels they need a teacher that is a model. teacher: a model, or what one said about every row of `data`;
     None where the loss asks none. steps: instead of epochs. learning_rate: the highest, after a share `warmup` of the
-    steps, then down a cosine unless `decay` is false; packed students have rates of their own. batch_size: rows of one
-    process and batch, `accumulate` batches are a step. prototypes: (classes, width), for embeddings. calibration: of
-    the teacher. keep_ids: see `said.LiveTeacher`. output_dir: empty folder for checkpoints, one per epoch, from the
-    last of which `resume` goes on. Randomness of torch, numpy and Python is as before afterwards.
+    steps, then down a cosine; packed students have rates of their own. batch_size: rows of one process and batch,
+    `accumulate` batches are a step. prototypes: (classes, width), for embeddings. calibration: of the teacher.
+    keep_ids: see `said.LiveTeacher`. output_dir: empty folder for checkpoints, one per epoch, from the last of which
+    `resume` goes on. Randomness of torch, numpy and Python is as before afterwards.
 
     Raises ConfigError where student, teacher, rows and loss do not belong together, or a training with other settings
     is resumed; OutputExistsError if output_dir holds something and nothing is resumed.
     """
     started, loss = time.monotonic(), loss or DistillLoss()
-    schedule = Schedule(epochs, steps, learning_rate, batch_size, accumulate, warmup, seed, dropout, decay)
+    schedule = Schedule(epochs, steps, learning_rate, batch_size, accumulate, warmup, seed, dropout)
     said = check_run(student, data, held_out, teacher, loss, keep_ids, prototypes)
     settings = {"data": data.fingerprint(), "loss": loss.to_dict(), "schedule": asdict(schedule)}
     with (
@@ -226,7 +224,7 @@ def _arguments(student: Any, folder: str, schedule: Schedule, learns: Learning, 
         per_device_eval_batch_size=schedule.batch_size,
         gradient_accumulation_steps=schedule.accumulate,
         warmup_steps=schedule.warmup,
-        lr_scheduler_type="cosine" if schedule.decay else "constant_with_warmup",
+        lr_scheduler_type="cosine",
         adam_beta1=learns.betas[0],
         adam_beta2=learns.betas[1],
         max_grad_norm=1.0 if learns.groups is None else 0.0,  # rates of packed students are in units of their scales

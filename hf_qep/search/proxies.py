@@ -188,7 +188,7 @@ def short_kl(context: ProxyContext, spec: CandidateSpec, steps: int = STEPS) -> 
 
 
 def briefly_taught(context: ProxyContext, spec: CandidateSpec, steps: int) -> PreTrainedModel:
-    """A candidate after some steps of distillation at full rate: a decay would only end early what is to be seen."""
+    """A candidate after some steps of distillation, whose rate falls to zero as that of a long one does."""
     from hf_qep.distill.student_trainer import train_student
 
     student = context.student(spec)
@@ -198,7 +198,6 @@ def briefly_taught(context: ProxyContext, spec: CandidateSpec, steps: int) -> Pr
         teacher=context.said("fit"),
         loss=context.loss,
         steps=steps,
-        decay=False,
         learning_rate=context.learning_rate or default_rate(spec.hidden_size),
         batch_size=context.batch_size,
         seed=context.seed,

@@ -40,8 +40,17 @@ from hf_qep.students.materialize import count_parameters
 from hf_qep.students.spec import CandidateSpec
 
 LATENCY, LIBRARY, STUDY, LADDER = "latency.json", "library.json", "study.log", "ladder.jsonl"
-DEFAULT_LADDER = (("short@20", 1.0 / 3), ("short@60", 1.0 / 3))
-"""Proxies behind the study's in rising order of cost, and the share of the students that go on from each."""
+STEPS = 180
+"""Of the longest distillation of the default ladder."""
+
+
+def ladder_of(steps: int) -> tuple[tuple[str, float], ...]:
+    """Distillations behind the study's proxy, each three times as long as the one before, up to `steps` of them.
+
+    A third of the students goes on from each, so that all rungs cost the same (arXiv 1502.07943).
+    """
+    lengths = dict.fromkeys(max(1, steps // share) for share in (9, 3, 1))
+    return tuple((f"short@{length}", 1 / 3) for length in lengths)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class SearchPlan:
     limits: Limits = field(default_factory=Limits)
     options: StudyOptions = field(default_factory=StudyOptions)
     study: str = "healed"
-    ladder: tuple[tuple[str, float], ...] = DEFAULT_LADDER
+    ladder: tuple[tuple[str, float], ...] = ladder_of(STEPS)
     seeds: int = 8
     climbers: int = 27
     repeats: int = 7

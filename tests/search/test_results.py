@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -138,3 +139,12 @@ def test_study_and_ladder_make_a_result(tmp_path):
     clash = halve(judged, [Rung("search", loss, 2)], journal=Journal(tmp_path / "k.jsonl", {}))
     with pytest.raises(ConfigError, match="no rung may be called"):
         SearchResult.of(study, limits, clash)
+
+
+def test_where_the_machine_was_busy_the_predicted_costs_decide():
+    slow = {c.choice.key(): replace(c.predicted, latency_ms=90 * c.predicted.latency_ms) for c in FOUND.candidates}
+    busy = FOUND.measured(slow)
+    with pytest.warns(UserWarning, match="busier"):
+        assert busy.pick("accurate").choice == FOUND.pick("accurate").choice
+    with pytest.raises(ConfigError, match="nearest"):
+        busy.pick("accurate", limits=Limits(latency_ms=0.001))

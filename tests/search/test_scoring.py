@@ -1,0 +1,73 @@
+"""Scores of models against formulae and counting."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_qep.distill.samples import IGNORED
+from hf_qep.errors import ConfigError
+from hf_qep.search.scoring import auc_error, can_score, score
+from tests.distill.tasks import TASKS, language_model, questions, sentences, text_classifier, texts
+
+
+def test_a_classifier_is_scored_row_by_row():
+    model, data = text_classifier(), sentences(24)
+    found = score(model, data, batch_size=7)
+    with torch.no_grad():
+        logits = model(**data.inputs).logits
+    assert torch.allclose(found.nll, -logits.log_softmax(-1).gather(1, data.labels[:, None])[:, 0], atol=1e-5)
+    assert torch.equal(found.correct, logits.argmax(-1) == data.labels)
+    margin = logits[:, 1] - logits[:, 0]
+    pairs = margin[data.labels == 1][:, None] - margin[data.labels == 0][None]
+    assert found.auc == pytest.approx(((pairs > 0).float() + 0.5 * (pairs == 0)).mean().item(), abs=1e-6)
+    assert found.chance == max(data.labels.float().mean().item(), 1 - data.labels.float().mean().item())
+
+
+def test_a_language_model_is_scored_at_its_answers():
+    model = language_model()
+    classified, free = score(model, questions(20)), score(model, texts(6))
+    assert len(classified.nll) == 20 and classified.auc is not None
+    assert len(free.nll) == int((texts(6).labels[:, 1:] != IGNORED).sum()) and free.auc is None
+
+
+def test_a_summary_holds_means_with_standard_errors():
+    found = score(text_classifier(), sentences(24))
+    said = found.summary()
+    assert said["answers"] == 24 and said["nll"] == pytest.approx(found.nll.mean().item())
+    assert said["nll_stderr"] == pytest.approx(found.nll.std().item() / 24**0.5)
+    p = said["accuracy"]
+    assert said["accuracy_stderr"] == pytest.approx((p * (1 - p) / 23) ** 0.5, rel=1e-4)
+    assert said["auc_stderr"] > 0
+    assert score(text_classifier(), sentences(1)).summary()["nll_stderr"] is None
+
+
+def test_rows_without_a_label_are_left_out():
+    data = sentences(24)
+    some = replace(data, labels=torch.where(torch.arange(24) % 2 == 0, data.labels, IGNORED))
+    assert torch.allclose(score(text_classifier(), some).nll, score(text_classifier(), data).nll[::2], atol=1e-5)
+    with pytest.raises(ConfigError, match="no row has a label"):
+        score(text_classifier(), replace(data, labels=torch.full_like(data.labels, IGNORED)))
+
+
+@pytest.mark.parametrize("name", ["embeddings", "scenes"])
+def test_tasks_without_right_answers_are_refused(name):
+    model, rows = TASKS[name]
+    assert not can_score(rows(4))
+    with pytest.raises(ConfigError, match="cannot be scored"):
+        score(model(), rows(4))
+
+
+@given(st.floats(0, 1), st.integers(1, 500), st.integers(1, 500))
+def test_the_error_of_an_area_is_that_of_a_mean_at_most(auc, ones, zeros):
+    """No area in 0 to 1 has a variance above a (1 - a) / min(n): each class counts at least once per row."""
+    assert 0 <= auc_error(auc, ones, zeros) <= (auc * (1 - auc) / min(ones, zeros)) ** 0.5 + 1e-9
+
+
+def test_the_error_of_an_area_is_the_one_of_the_paper():
+    """Hanley and McNeil 1982: an area of 0.893 of 58 normal and 51 abnormal cases has an error of about 0.032."""
+    assert auc_error(0.893, 51, 58) == pytest.approx(0.032, abs=2e-3)
