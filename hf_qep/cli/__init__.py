@@ -44,8 +44,9 @@ class GuardedCommand(TyperCommand):
         """Run the command's function under the rules for errors, warnings and progress of all commands."""
         as_json, quiet = self._is_set(ctx, "--json"), self._is_set(ctx, "--quiet")
         if not Progress(quiet or as_json).visible:
-            # Read by huggingface_hub and transformers when they are imported, which no command has done yet.
+            # Read by the hub client, transformers and datasets when they are imported, which no command has done yet.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         with output.errors_as_exit_code(as_json), output.warnings_as_notes():
             return super().invoke(ctx)
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hf_qep.cli import GuardedCommand, output
+from hf_qep.cli.distill_show import note_bits, search_json, show_analysis, show_search, show_start, show_student
 from hf_qep.cli.placement import DeviceOption, to_device
 from hf_qep.errors import ConfigError
 from hf_qep.files import check_output
 from hf_qep.progress import Progress
-
-if TYPE_CHECKING:
-    from hf_qep.search.results import SearchResult
 
 app = typer.Typer(
     name="distill",
@@ -50,6 +48,7 @@ def analyze_command(
     text: Annotated[str | None, typer.Option(help="Column with the text. Left out: prompt, or text.")] = None,
     label: Annotated[str | None, typer.Option(help="Column with the answer. Left out: completion, or label.")] = None,
     image: Annotated[str, typer.Option(help="Column with the image.")] = "image",
+    objects: Annotated[str, typer.Option(help="Column with the objects on it: bbox and category.")] = "objects",
     classes: Annotated[list[str] | None, typer.Option(help="Name of a class, in order; may be repeated.")] = None,
     answer: Annotated[list[str] | None, typer.Option(help=ANSWERS_HELP + " May be repeated.")] = None,
     max_length: Annotated[int, typer.Option(help="Most tokens per row.")] = 512,
@@ -67,23 +66,17 @@ def analyze_command(
     check_output(out, overwrite=overwrite)
     to_device(device)
     from hf_qep.cli.distill_analyze import analyze
-    from hf_qep.cli.distill_job import Job
+    from hf_qep.cli.distill_job import Job, located
 
     job = Job(
-        teacher, task, data, revision, test, template, text, label, image,
+        located(teacher), task, located(data), revision, test and located(test), template, text, label, image, objects,
         tuple(classes or ()) or None, tuple(answer or ()) or None, max_length, limit, held_out, seed, device,
     )  # fmt: skip
     result = analyze(job, out, batch_size, additions, overwrite, Progress(quiet or as_json))
     if as_json:
         output.print_json(result)
         return
-    output.print_facts(str(out), result["teacher"])
-    columns = ["layer", "influence, answers", "influence, all", "attention adds", "mlp adds"]
-    output.print_table("Layers of the teacher", columns, [list(row.values()) for row in result["layers"]])
-    if result["additions"]:
-        output.print_table(
-            "Another layer", ["before layer", "copy of", "gain"], [list(row.values()) for row in result["additions"]]
-        )
+    show_analysis(result)
     if not quiet:
         output.note(f"Next: hf-qep distill search {out} --latency-ms ... (or --memory-mb, --parameters)")
 
@@ -101,7 +94,7 @@ def search_command(
     ] = 0,
     threads: Annotated[int | None, typer.Option(help="Threads of the processor. Left out: torch's choice.")] = None,
     trials: Annotated[int, typer.Option(help="Students that are considered, by all processes together.")] = 64,
-    proxy_steps: Annotated[int, typer.Option(help="Steps of a short distillation.")] = 30,
+    proxy_steps: Annotated[int, typer.Option(help="Steps of the longest of three short distillations.")] = 180,
     climbers: Annotated[int, typer.Option(help="Most students that are distilled shortly.")] = 27,
     hidden_size: Annotated[list[int] | None, typer.Option(help="Allowed width; may be repeated.")] = None,
     ffn_step: Annotated[int | None, typer.Option(help="Step between widths of the MLP. Left out: a quarter.")] = None,
@@ -122,11 +115,12 @@ def search_command(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per pass.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget the searches of the folder.")] = False,
     quiet: output.QuietOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """Search for the best student under limits, or go on with a search that was stopped."""
-    from hf_qep.cli.distill_job import open_job
+    from hf_qep.cli.distill_opened import open_job
     from hf_qep.cli.distill_search import Wishes, search
 
     wishes = Wishes(
@@ -135,32 +129,17 @@ def search_command(
         space={"hidden_sizes": hidden_size, "ffn": ffn_step, "min_layers": min_layers, "max_added": max_added,
                "homogeneous": homogeneous, "bits": (None, *(bits or ()))},
         options={"trials": trials, "sampler": sampler, "seed": seed},
-        proxy={"steps": proxy_steps, "batch_size": batch_size, "seed": seed},
-        climbers=climbers, trim_vocabulary=trim_vocabulary, storage=storage,
+        proxy={"batch_size": batch_size, "seed": seed}, proxy_steps=proxy_steps,
+        climbers=climbers, trim_vocabulary=trim_vocabulary, storage=storage, again=overwrite,
     )  # fmt: skip
-    result, teacher_cost = search(open_job(work), wishes, Progress(quiet or as_json))
+    with output.said_when_interrupted("stopped; the same command goes on with the search"):
+        result, teacher_cost = search(open_job(work), wishes, Progress(quiet or as_json))
     if as_json:
-        output.print_json(result.to_dict() | {"teacher": teacher_cost.to_dict()})
+        output.print_json(search_json(result, teacher_cost))
         return
-    _show_search(result, teacher_cost)
+    show_search(result, teacher_cost)
     if not quiet:
         output.note(f"More in {work / 'search' / 'report.md'}. Next: hf-qep distill train {work} --out STUDENT")
-
-
-def _show_search(result: SearchResult, teacher: Any) -> None:
-    picks = {rule: result.pick(rule).choice.key() for rule in ("balanced", "fast", "accurate")}
-    rows: list[list[Any]] = []
-    for found in result.front():
-        key, cost = found.choice.key(), found.cost
-        names = ", ".join(rule for rule, picked in picks.items() if picked == key)
-        layers = " + ".join(str(len(stack)) for _, stack in found.choice.spec.stacks())
-        bits = "float" if found.choice.bits is None else f"{found.choice.bits:g}"
-        rows.append(
-            [key[:8], layers, bits, result.value(found), cost.latency_ms, cost.memory_mb, int(cost.parameters), names]
-        )
-    rows.append(["teacher", "", "float", 0.0, teacher.latency_ms, teacher.memory_mb, int(teacher.parameters), ""])
-    columns = ["student", "layers", "bits", "distance", "ms", "MB", "parameters", "pick"]
-    output.print_table("Students on the Pareto front", columns, rows)
 
 
 @app.command("materialize", cls=GuardedCommand)
@@ -176,25 +155,27 @@ def materialize_command(
 ) -> None:
     """Write a student as it is before it learns: cut from the teacher and healed."""
     check_output(out, overwrite=overwrite)
-    from hf_qep.cli.distill_job import open_job
-    from hf_qep.cli.distill_student import Start, begin, save
+    from hf_qep.cli.distill_opened import open_job
+    from hf_qep.cli.distill_student import begin, save
 
     opened = open_job(work)
-    start: Start = begin(opened, opened.chosen(pick, spec), heal=heal)
+    start = begin(opened, opened.chosen(pick, spec), heal=heal)
     save(opened, start, out, overwrite=overwrite)
-    result = {"out": str(out), "key": start.spec.key(), "class": type(start.student).__name__}
-    result |= {"parameters": start.student.num_parameters(), "changes": start.changes(opened.shape)}
+    result = {
+        "out": str(out),
+        "key": start.key(),
+        "class": type(start.student).__name__,
+        "parameters": start.student.num_parameters(),
+        "bits": start.bits,
+        "changes": start.changes(opened.shape),
+    }
     if as_json:
         output.print_json(result)
         return
-    changes = {name: _change_text(change) for name, change in result.pop("changes").items()}
-    output.print_facts(str(out), result | changes)
+    show_start(result)
     if not quiet:
+        note_bits(start.bits, out)
         output.note(f"It has learned nothing yet: hf-qep distill train {work} --student {out} --out STUDENT")
-
-
-def _change_text(change: Any) -> str:
-    return " -> ".join(map(str, change)) if isinstance(change, list) else str(change)
 
 
 @app.command("train", cls=GuardedCommand)
@@ -214,7 +195,12 @@ def train_command(
     hidden: Annotated[float, typer.Option(help="Weight of the hidden states.")] = 0.0,
     relation: Annotated[float | None, typer.Option(help="Weight of the relations between rows or tokens.")] = None,
     label_correction: Annotated[bool, typer.Option(help="Correct the teacher where the label is known.")] = True,
-    calibrate: Annotated[bool, typer.Option(help="Fit temperature and bias of the teacher to held-out labels.")] = True,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            help="Fit temperature and bias of the teacher to held-out labels. Left out: if all classes occur."
+        ),
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = 3.0,
     learning_rate: Annotated[float | None, typer.Option(help="Highest rate. Left out: by the width.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per step and process.")] = 16,
@@ -223,7 +209,7 @@ def train_command(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also teach the student from the labels alone, for the report.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped, if any.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     quiet: output.QuietOption = False,
@@ -231,9 +217,7 @@ def train_command(
 ) -> None:
     """Teach a student, score it beside its teacher on rows that neither decided anything by, and save it."""
     check_output(out, overwrite=overwrite)
-    if lora_rank < 0:
-        raise ConfigError(f"the rank of adapters must be at least 0, not {lora_rank}")
-    from hf_qep.cli.distill_job import open_job
+    from hf_qep.cli.distill_opened import open_job
     from hf_qep.cli.distill_train import Teaching, train
 
     loss = {"alpha": alpha, "divergence": divergence, "temperature": temperature, "hidden": hidden,
@@ -243,8 +227,15 @@ def train_command(
     teaching = Teaching(loss, schedule, calibrate, lora_rank, baselines, resume)
     opened = open_job(work)
     chosen = None if student is not None else opened.chosen(pick, spec)
-    facts = train(opened, chosen, student, teaching, out, overwrite=overwrite, progress=Progress(quiet or as_json))
-    show_student(facts, out, quiet=quiet, as_json=as_json)
+    with output.said_when_interrupted("stopped; with --resume the same command goes on from the last epoch"):
+        facts = train(opened, chosen, student, teaching, out, overwrite=overwrite, progress=Progress(quiet or as_json))
+    if as_json:
+        output.print_json({"out": str(out)} | facts)
+        return
+    show_student(facts)
+    if not quiet:
+        note_bits(facts["bits"], out)
+        output.note(f"Card for the Hub: hf-qep distill report {out} --card --repo-id OWNER/NAME")
 
 
 @app.command("report", cls=GuardedCommand)
@@ -258,38 +249,25 @@ def report_command(
     as_json: output.JsonOption = False,
 ) -> None:
     """Show what a search or a training has found; write the student's card."""
-    from hf_qep.cli.distill_report import is_student, read_facts, read_search, write_student_card
+    from hf_qep.cli.distill_report import is_student, read_facts, read_search
 
     if not is_student(folder):
         if card:
             raise ConfigError(f"{str(folder)!r} holds no student that was trained; a card is written of one")
-        result, teacher = read_search(folder)
+        found = read_search(folder)
         if as_json:
-            output.print_json(result.to_dict() | {"teacher": teacher.to_dict()})
+            output.print_json(search_json(*found))
         else:
-            _show_search(result, teacher)
+            show_search(*found)
         return
     facts = read_facts(folder)
     if card:
-        path = write_student_card(folder, facts, repo_id, specialised_for, overwrite=overwrite)
-        if not quiet and not as_json:
-            output.note(f"wrote {path}")
-    show_student(facts, folder, quiet=quiet, as_json=as_json)
+        from hf_qep.hub.cards.distilled import write_student_card
 
-
-def show_student(facts: dict[str, Any], out: Path, *, quiet: bool, as_json: bool) -> None:
-    """Print what `distill train` has found."""
+        write_student_card(folder, repo_id=repo_id, specialised_for=specialised_for, overwrite=overwrite)
     if as_json:
-        output.print_json({"out": str(out)} | facts)
+        output.print_json({"out": str(folder)} | facts)
         return
-    names = {"nll": "loss", "accuracy": "accuracy", "auc": "AUC"}
-    rows = [
-        [who, *(found["score"].get(name) for name in names), found["latency_ms"], found["parameters"]]
-        for who, found in facts["models"].items()
-    ]
-    title = f"{facts['task']}: {facts['rows']['test']} rows that nothing was chosen by"
-    output.print_table(title, ["model", *names.values(), "ms", "parameters"], rows)
-    if facts["changes"]:
-        output.print_facts("What was done to the teacher", {k: _change_text(v) for k, v in facts["changes"].items()})
-    if not quiet:
-        output.note(f"Card for the Hub: hf-qep distill report {out} --card --repo-id OWNER/NAME")
+    show_student(facts)
+    if card and not quiet:
+        output.note(f"wrote {folder / 'README.md'}")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_qep.cli.distill_job import ANALYSIS, Job, open_new
-from hf_qep.distill.samples import DETECTION, EMBEDDING
+from hf_qep.cli.distill_job import ANALYSIS, Job
+from hf_qep.cli.distill_opened import Opened, open_new
 from hf_qep.files import write_aside
 from hf_qep.progress import Progress
 from hf_qep.search.additions import Aim, score_additions
 from hf_qep.search.analysis import Analysis, analyse
-from hf_qep.search.scoring import score
+from hf_qep.search.scoring import can_score, score
+from hf_qep.students.spec import SUB_BLOCKS
 
-SHOWN_ADDITIONS = 5
+SHOWN_ADDITIONS, TO_NOTHING = 5, 1e6
 
 
 def analyze(
@@ -21,20 +23,21 @@ def analyze(
 ) -> dict[str, Any]:
     """Make the folder of a distillation and return what is to be shown. Nothing is left behind on an error."""
     opened = open_new(out, job)
-    rows = opened.train
-    found = analyse(opened.teacher, rows, batch_size=batch_size, seed=job.seed, progress=progress)
+    found = analyse(opened.teacher, opened.train, batch_size=batch_size, seed=job.seed, progress=progress)
     places = []
     if additions:
         aim = Aim(opened.judge, seed=job.seed)
         whole = opened.shape.identity()
         places = score_additions(opened.teacher, whole, aim, batch_size=batch_size, progress=progress)
+    scores = _scores(opened, batch_size, progress)
     with write_aside(out, overwrite=overwrite) as aside:
-        job.save(aside)
+        # The names of the classes are settled now: a later look at other rows must not number them otherwise.
+        replace(job, classes=opened.train.classes if job.answers is None else job.classes).save(aside)
+        opened.note_seen(aside)
         found.save(aside / ANALYSIS)
     return {
         "out": str(out),
-        "teacher": {"parameters": opened.teacher.num_parameters(), "rows": found.rows, "tokens": found.tokens}
-        | _scores(opened, batch_size),
+        "teacher": {"parameters": opened.teacher.num_parameters(), "rows": found.rows, "tokens": found.tokens} | scores,
         "layers": layer_rows(found),
         "additions": [{"position": a.position, "source": a.source, "gain": a.gain} for a in places[:SHOWN_ADDITIONS]],
     }
@@ -51,16 +54,20 @@ def layer_rows(found: Analysis) -> list[dict[str, Any]]:
                     "layer": f"decoder {number}" if stack else str(number),
                     "influence": at_answers,
                     "influence_all": found.influence_all[stack][number],
-                    "attention": parts.get("attention"),
-                    "mlp": parts.get("mlp"),
+                    **{part: _size(parts.get(part)) for part in SUB_BLOCKS},
                 }
             )
     return rows
 
 
-def _scores(opened: Any, batch_size: int) -> dict[str, Any]:
+def _size(value: float | None) -> float | None:
+    """None for what is added to nothing: the decoder of a detector begins with zeros."""
+    return None if value is None or value > TO_NOTHING else value
+
+
+def _scores(opened: Opened, batch_size: int, progress: Progress) -> dict[str, Any]:
     """How good the teacher is at the task, on rows that nothing is chosen by."""
-    if opened.job.task in (EMBEDDING, DETECTION):
+    if not can_score(opened.test):
         return {}
-    summary = score(opened.teacher, opened.test, batch_size).summary()
+    summary = score(opened.teacher, opened.test, batch_size, progress=progress).summary()
     return {name: summary[name] for name in ("nll", "accuracy", "auc", "majority")}

@@ -3,46 +3,59 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import shutil
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from hf_qep.cli.distill_job import TEACHER, Opened, default_loss
+from hf_qep.algorithms.calibrated import Calibration
+from hf_qep.cli.distill_job import TEACHER, TRAINING, default_loss, public_name
+from hf_qep.cli.distill_measured import BEFORE, LABELS_ONLY, Measured, latencies, measured, retention_of
+from hf_qep.cli.distill_opened import Opened
 from hf_qep.cli.distill_report import FACTS, write_facts
 from hf_qep.cli.distill_student import Start, begin, load, save
 from hf_qep.distill.corrected import calibrate_teacher
 from hf_qep.distill.losses import DistillLoss
-from hf_qep.distill.said import take_said
-from hf_qep.distill.samples import DETECTION, EMBEDDING, TaskData
+from hf_qep.distill.said import Said
+from hf_qep.distill.samples import CAUSAL_LM, EMBEDDING, TaskData
 from hf_qep.distill.store import TeacherStore
 from hf_qep.distill.student_trainer import TrainReport, train_student
-from hf_qep.evaluation.retention import paired_retention
+from hf_qep.errors import ConfigError
 from hf_qep.extras import require
+from hf_qep.modules import packed_modules
 from hf_qep.progress import Progress
-from hf_qep.search.latency import Bench
+from hf_qep.search.costs import Choice
 from hf_qep.search.proxies import default_rate
-from hf_qep.search.scoring import Scores, score
-from hf_qep.students.spec import CandidateSpec
 
-SCORE_BATCH = 32
 ADAPTER_RATE = 2e-3
+"""Adam's step for adapters, whose weights start near zero."""
+ASK_BATCH = 32
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """How a student is taught. loss: fields of DistillLoss that were asked for, None for the task's default. schedule:
-    arguments of `train_student`. calibrate: the teacher first. rank: of adapters, 0 for none. baselines: teach from the
-    labels alone too. resume: go on with a training that was stopped."""
+    """How a student is taught.
+
+    loss: fields of DistillLoss that were asked for, None for the task's default. schedule: arguments of
+    `train_student`. calibrate: the teacher first; None where its classes all have rows to do so by. rank: of adapters,
+    0 for none. baselines: teach from the labels alone too. resume: go on with a training that was stopped.
+    """
 
     loss: dict[str, Any]
     schedule: dict[str, Any]
-    calibrate: bool
-    rank: int
-    baselines: bool
-    resume: bool
+    calibrate: bool | None = None
+    rank: int = 0
+    baselines: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ConfigError(f"the rank of adapters must be at least 0, not {self.rank}")
 
     def loss_for(self, task: str) -> DistillLoss:
         """The loss of a task."""
@@ -52,7 +65,7 @@ class Teaching:
 
 def train(
     opened: Opened,
-    spec: CandidateSpec | None,
+    choice: Choice | None,
     name: str | None,
     teaching: Teaching,
     out: Path,
@@ -60,110 +73,158 @@ def train(
     overwrite: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Teach a student, measure everybody, save. Returns what is to be shown; it is written to the folder too."""
-    start = begin(opened, spec) if name is None else load(opened, name)
+    """Teach a student, measure everybody, save. Returns what is to be shown; it is written to the folder too.
+
+    choice: what to cut from the teacher. name: folder or Hub id of the student, instead.
+    """
     loss = teaching.loss_for(opened.job.task)
-    found = {"teacher": _measured(opened.teacher, opened.test, opened)}
-    found["student, before"] = _measured(start.student, start.rows(opened.test), opened)
-    if teaching.baselines and loss.alpha < 1 and opened.train.labels is not None:
-        alone = replace(start, student=copy.deepcopy(start.student))
-        _teach(opened, alone, replace(loss, alpha=1.0, hidden=0.0, relation=0.0), teaching, "labels", progress)
-        found["student, labels only"] = _measured(alone.student, start.rows(opened.test), opened)
-    report = _teach(opened, start, loss, teaching, "student", progress)
-    found["student"] = _measured(start.student, start.rows(opened.test), opened)
+    _check_wishes(opened, teaching, loss)
+    start = load(opened, name) if choice is None else begin(opened, choice)
+    lesson = _Lesson(opened, start, teaching, progress)
+    found = {"teacher": lesson.measure(opened.teacher), BEFORE: lesson.measure(start.student)}
+    if teaching.baselines and loss.alpha < 1:  # else the student itself learns from the labels alone
+        alone = copy.deepcopy(start.student)
+        student, _ = lesson.teach(alone, replace(loss, alpha=1.0, hidden=0.0, relation=0.0), "labels")
+        found[LABELS_ONLY] = lesson.measure(student)
+    start.student, report = lesson.teach(start.student, loss, "student")
+    found["student"] = lesson.measure(start.student)
+    times = latencies({"teacher": (opened.teacher, opened.test), "student": (start.student, start.rows(opened.test))})
     save(opened, start, out, overwrite=overwrite)
-    rows = {"train": len(opened.train), "judge": len(opened.judge), "test": len(opened.test)}
-    facts = {
-        "task": opened.job.task,
-        "teacher": opened.job.teacher,
-        "revision": opened.job.revision,
-        "data": opened.job.data,
-        "start": start.name or opened.job.teacher,
-        "rows": rows,
-        "models": {who: measured.to_dict() for who, measured in found.items()},
-        "retention": found["student"].of(found["teacher"]),
-        "changes": start.changes(opened.shape),
+    facts = _facts(opened, start, found, times) | {
         "loss": loss.to_dict(),
-        "schedule": teaching.schedule,
-        "training": {"steps": report.steps, "best_epoch": report.best_epoch, "seconds": report.seconds},
+        "schedule": teaching.schedule | {"learning_rate": lesson.rate(), "lora_rank": teaching.rank},
+        "calibration": None if lesson.calibration is None else asdict(lesson.calibration),
+        "training": asdict(report),
     }
-    write_facts(out / FACTS, facts, opened)
+    facts = write_facts(out / FACTS, facts, opened, start)
+    lesson.forget()
     return facts
 
 
-def _teach(
-    opened: Opened, start: Start, loss: DistillLoss, teaching: Teaching, name: str, progress: Progress
-) -> TrainReport:
-    """Train a student in place, by adapters that are merged afterwards if there are to be some."""
-    data, held_out = start.rows(opened.train), start.rows(opened.judge)
-    keep = None if start.vocabulary is None else start.vocabulary.to_old
-    teacher = _store(opened, data, loss, keep, progress) if loss.asks else None
-    calibration = None
-    if teaching.calibrate and loss.alpha < 1 and _has_classes(held_out):
-        said = take_said(opened.teacher, held_out, batch_size=SCORE_BATCH, keep_ids=keep)
-        calibration = calibrate_teacher(said, held_out)
-    student: Any = start.student
-    rate = teaching.schedule["learning_rate"]
-    if teaching.rank:
+def _check_wishes(opened: Opened, teaching: Teaching, loss: DistillLoss) -> None:
+    """What would only fail after hours."""
+    if opened.job.task == EMBEDDING and (teaching.baselines or loss.alpha):
+        raise ConfigError(f"{EMBEDDING} has no labels to learn from; leave --baselines and --alpha")
+    if opened.train.labels is None and loss.alpha:
+        raise ConfigError("the rows have no labels to learn from; give --alpha 0")
+    if teaching.calibrate and (loss.alpha == 1 or not _has_classes(opened.judge)):
+        raise ConfigError("a teacher is calibrated where it is asked and its classes are known; leave --calibrate")
+
+
+def _facts(opened: Opened, start: Start, found: dict[str, Measured], times: dict[str, float]) -> dict[str, Any]:
+    job, teacher = opened.job, public_name(opened.job.teacher)
+    models = {who: one.to_dict() | {"latency_ms": times.get(who)} for who, one in found.items()}
+    return {
+        "task": job.task,
+        "teacher": teacher,
+        "data": public_name(job.data),
+        "test": None if job.test is None else public_name(job.test),
+        "start": start.origin or teacher,
+        "rows": {name: len(part) for name, part in opened.parts.items()},
+        "models": models,
+        "retention": retention_of(found["student"], found["teacher"]),
+        "spec": None if start.spec is None else start.spec.key(),
+        "bits": start.bits,
+        "changes": start.changes(opened.shape),
+    }
+
+
+class _Lesson:
+    """A student's rows, and what the teacher says about them."""
+
+    def __init__(self, opened: Opened, start: Start, teaching: Teaching, progress: Progress) -> None:
+        self.opened, self.start, self.teaching, self.progress = opened, start, teaching, progress
+        self.folders: list[Path] = []
+        self.parts = {name: start.rows(part) for name, part in opened.parts.items()}
+        # Only a language model answers with tokens; another reads all of the teacher's and answers with its classes.
+        self.tokens = start.keep_ids if opened.job.task == CAUSAL_LM else None
+        self.calibration: Calibration | None = None
+
+    def measure(self, model: Any) -> Measured:
+        """A model on the rows of the report, which nothing is chosen by."""
+        if model is self.opened.teacher:
+            return measured(model, self.opened.test, None, self.progress)
+        return measured(model, self.parts["test"], self.said("test"), self.progress)
+
+    def teach(self, student: Any, loss: DistillLoss, who: str) -> tuple[Any, TrainReport]:
+        """The student after its training, by adapters that are merged afterwards if there are to be some."""
+        data, judge = self.parts["train"], self.parts["judge"]
+        teacher: Any = None
+        if judge.labels is None:
+            teacher = self.opened.teacher  # only one that is asked now can judge rows without labels
+        elif loss.asks:
+            teacher = self.said("train", hidden=loss.needs_hidden)
+            self.calibration = self._calibrated() if loss.alpha < 1 else None
+        adapted = self._adapted(student) if self.teaching.rank else student
+        folder = self._folder(who)
+        report = train_student(
+            adapted,
+            data,
+            held_out=judge,
+            teacher=teacher,
+            loss=loss,
+            calibration=self.calibration if loss.asks else None,
+            keep_ids=self.tokens,
+            output_dir=folder,
+            resume=folder.exists(),
+            progress=self.progress,
+            **self.teaching.schedule | {"learning_rate": self.rate()},
+        )
+        return adapted.merge_and_unload() if self.teaching.rank else student, report
+
+    def rate(self) -> float:
+        """The highest rate of the optimiser."""
+        width = getattr(self.start.student.config, "hidden_size", 64)
+        return self.teaching.schedule["learning_rate"] or (ADAPTER_RATE if self.teaching.rank else default_rate(width))
+
+    def said(self, part: str, *, hidden: bool = False) -> Said:
+        """What the teacher says about some rows, from the folder where it was asked before."""
+        kept = "" if self.tokens is None else f"-{_digest(self.tokens)}"
+        folder = self.opened.folder / TEACHER / f"{part}{kept}{'-hidden' if hidden else ''}"
+        data = (self.opened.parts if self.tokens is None else self.parts)[part]
+        options = {"keep_ids": self.tokens, "hidden": hidden, "batch_size": ASK_BATCH, "progress": self.progress}
+        return TeacherStore.build(folder, self.opened.teacher, data, **options).said
+
+    def forget(self) -> None:
+        """Remove the checkpoints of trainings that have come to their end."""
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _folder(self, who: str) -> Path:
+        """Where the training keeps its last epoch; empty unless it is to go on."""
+        folder = self.opened.folder / TRAINING / f"{self.start.key()}-{who}"
+        self.folders.append(folder)
+        if not self.teaching.resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
+    def _calibrated(self) -> Calibration | None:
+        """The teacher's temperature and bias, None where it is left as it is."""
+        if self.teaching.calibrate is False or not _has_classes(self.parts["judge"]):
+            return None
+        try:
+            return calibrate_teacher(self.said("judge"), self.parts["judge"])
+        except ConfigError as error:
+            if self.teaching.calibrate:
+                raise
+            warnings.warn(f"the teacher is taught from as it is, without calibration: {error}", stacklevel=2)
+            return None
+
+    def _adapted(self, student: Any) -> Any:
+        """The student with adapters of peft around its linears."""
+        if packed_modules(student):
+            raise ConfigError("a packed student trains its signs and scales, not adapters; leave --lora-rank")
         peft = require("distill", "peft")
-        student = peft.get_peft_model(student, peft.LoraConfig(r=teaching.rank, target_modules="all-linear"))
-        rate = rate or ADAPTER_RATE
-    hidden = getattr(start.student.config, "hidden_size", 64)
-    report = train_student(
-        student,
-        data,
-        held_out=held_out if held_out.labels is not None else None,
-        teacher=teacher,
-        loss=loss,
-        calibration=calibration,
-        keep_ids=keep,
-        output_dir=opened.folder / f"training-{name}" if teaching.resume else None,
-        resume=teaching.resume,
-        progress=progress,
-        **teaching.schedule | {"learning_rate": rate or default_rate(hidden)},
-    )
-    if teaching.rank:
-        start.student = student.merge_and_unload()
-    return report
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft and transformers do not always agree on names
+            torch.manual_seed(self.teaching.schedule["seed"])
+            config = peft.LoraConfig(r=self.teaching.rank, target_modules="all-linear")
+            return peft.get_peft_model(student, config)
 
 
 def _has_classes(data: TaskData) -> bool:
-    return isinstance(data.labels, Tensor) and (data.answers is not None or data.classes is not None)
+    return isinstance(data.labels, Tensor) and (data.answers is not None or data.task != CAUSAL_LM)
 
 
-def _store(opened: Opened, data: TaskData, loss: DistillLoss, keep: Tensor | None, progress: Progress) -> TeacherStore:
-    """What the teacher says about the rows, from the folder where it was asked before."""
-    kind = "all" if keep is None else f"{len(keep)}-tokens"
-    folder = opened.folder / TEACHER / (kind + ("-hidden" if loss.needs_hidden else ""))
-    return TeacherStore.build(
-        folder, opened.teacher, data, keep_ids=keep, hidden=loss.needs_hidden, batch_size=SCORE_BATCH, progress=progress
-    )
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """scores: on the rows of the report, None for a task without classes. latency_ms: of one row."""
-
-    scores: Scores | None
-    latency_ms: float
-    parameters: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON value."""
-        score = {} if self.scores is None else self.scores.summary()
-        return {"score": score, "latency_ms": self.latency_ms, "parameters": self.parameters}
-
-    def of(self, teacher: _Measured) -> dict[str, Any] | None:
-        """What it has of the teacher's accuracy on the same items, as a JSON value of `Retention`."""
-        if self.scores is None or teacher.scores is None:
-            return None
-        items = [scores.correct.float().tolist() for scores in (teacher.scores, self.scores)]
-        return asdict(paired_retention(*items, self.scores.chance)[2])
-
-
-def _measured(model: PreTrainedModel, test: TaskData, opened: Opened) -> _Measured:
-    scored = opened.job.task not in (EMBEDDING, DETECTION) and test.labels is not None
-    inputs = {name: value.to(model.device) for name, value in test.rows(slice(0, 1)).inputs.items()}
-    bench = Bench(lambda spec: model, lambda spec: inputs)
-    latency = bench.medians([opened.shape.identity()])[0]
-    return _Measured(score(model, test, SCORE_BATCH) if scored else None, latency, model.num_parameters())
+def _digest(ids: Tensor) -> str:
+    return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()[:8]

@@ -32,7 +32,8 @@ def check_run(
                 "held-out rows must be of the same task, with the same answers, as those that are trained on"
             )
         check_data(held_out, student)
-    unlabelled = held_out is not None and held_out.labels is None
+    silent = data.task == EMBEDDING and prototypes is None  # labels of embeddings judge nothing without prototypes
+    unlabelled = held_out is not None and (held_out.labels is None or silent)
     if teacher is None and (loss.asks or unlabelled):
         what = "held-out rows without labels need" if unlabelled else f"alpha={loss.alpha:g} or hidden states need"
         raise ConfigError(f"{what} a teacher; give one, or labels with alpha=1")

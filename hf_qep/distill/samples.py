@@ -106,6 +106,7 @@ class TaskData:
         for name, value in tensors:
             if value is not None:
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            if value is not None and value.numel():  # an image without objects has boxes that cannot be viewed as bytes
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 

@@ -1,0 +1,71 @@
+"""How good and how fast the models of a report are, on rows that nothing was chosen by."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_qep.accounting import bits_report
+from hf_qep.distill.said import Said
+from hf_qep.distill.samples import TaskData
+from hf_qep.evaluation.retention import paired_retention
+from hf_qep.modules import packed_modules
+from hf_qep.progress import Progress
+from hf_qep.search.latency import Bench
+from hf_qep.search.proxies import distance
+from hf_qep.search.scoring import Scores, can_score, score
+from hf_qep.students.family import teacher_shape
+
+BEFORE, LABELS_ONLY = "student, before", "student, labels only"
+"""Names in a report of a student that has not learned yet, and of one that learned from the labels alone."""
+SCORE_BATCH, ROUNDS = 32, 15
+
+
+@dataclass(frozen=True)
+class Measured:
+    """scores: None for a task without classes. distance: from the teacher's answers, nats per answer (an embedding:
+    relative squared error). parameters: weights, however few bits hold them."""
+
+    scores: Scores | None
+    distance: float
+    parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON value."""
+        score = {} if self.scores is None else self.scores.summary()
+        return {"score": score, "distance": self.distance, "parameters": self.parameters}
+
+
+def measured(model: PreTrainedModel, test: TaskData, said: Said | None, progress: Progress) -> Measured:
+    """A model on some rows. said: what the teacher said about them, None for the teacher itself."""
+    scores = score(model, test, SCORE_BATCH, progress=progress) if can_score(test) else None
+    away = 0.0 if said is None else distance(model, test, said, SCORE_BATCH)
+    weights = bits_report(model)["model_weights"] if packed_modules(model) else model.num_parameters()
+    return Measured(scores, away, weights)
+
+
+def retention_of(student: Measured, teacher: Measured) -> dict[str, Any] | None:
+    """What a student has of its teacher's accuracy on the same items, as a JSON value of `Retention`; None without."""
+    if student.scores is None or teacher.scores is None:
+        return None
+    items = [one.scores.correct.float().tolist() for one in (teacher, student)]
+    return asdict(paired_retention(*items, student.scores.chance)[2])
+
+
+def latencies(models: dict[str, tuple[PreTrainedModel, TaskData]]) -> dict[str, float]:
+    """Median milliseconds of each model for the first of its rows, timed in turn so that a busy machine hits all alike.
+
+    models: name -> a model and rows that it reads.
+    """
+    builds = iter([model for model, _ in models.values()])
+    rows = iter([(data.rows(slice(0, 1)).inputs, model.device) for model, data in models.values()])
+
+    def inputs(_: Any) -> dict[str, Any]:
+        values, device = next(rows)
+        return {name: value.to(device) for name, value in values.items()}
+
+    spec = teacher_shape(next(iter(models.values()))[0]).identity()
+    times = Bench(lambda _: next(builds), inputs, repeats=ROUNDS).medians([spec] * len(models))
+    return dict(zip(models, times, strict=True))
