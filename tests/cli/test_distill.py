@@ -201,7 +201,7 @@ def test_a_student_goes_on_learning_in_its_own_vocabulary(taught, question_work,
     out, said = taught
     again = distil("train", question_work.folder, "--student", out, "--out", tmp_path / "again", *ONE)
     assert again["models"]["student, before"]["score"] == pytest.approx(said["models"]["student"]["score"], rel=1e-4)
-    assert again["changes"] == said["changes"] and again["start"] == "student"
+    assert again["changes"] == said["changes"] and again["start"] == "llama"
     assert (tmp_path / "again" / "vocab_map.safetensors").is_file()
 
 
