@@ -2,7 +2,7 @@
 # make test   the whole test suite
 # make lint   style only
 PYTHON ?= python3
-PYTEST_FLAGS ?= -q -rs
+PYTEST_FLAGS ?= -q -rs -n auto --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
