@@ -19,7 +19,8 @@ from hf_qep.errors import ConfigError
 from hf_qep.search.latency import Bench, forward
 from hf_qep.search.limits import Workload
 from hf_qep.students.materialize import blank_student
-from hf_qep.students.spec import CandidateSpec, LayerSpec, TeacherShape
+from hf_qep.students.modeling_student import LAYOUTS
+from hf_qep.students.spec import KEEP, CandidateSpec, LayerSpec, TeacherShape
 
 FEW_TOKENS = 64
 """Tokens in the vocabulary of students whose layers alone are measured."""
@@ -96,18 +97,24 @@ class Activations:
         types = self.teacher.layer_types
         most = 0.0
         for stack, layers in spec.stacks():
-            for layer in layers:
+            for number, layer in enumerate(layers):
+                # what comes into the first layer is the residual stream itself; behind it the model holds both
+                plain, first = self._without_gate(layer), number == 0
                 kind = types[layer.source] if types and not stack else None
-                only = len(layers) == 1
-                key = (stack, kind, layer.sizes(), layer.added, spec.hidden_size, only)
+                key = (stack, kind, plain.sizes(), plain.kind, spec.hidden_size, first)
                 if key not in self._known:
-                    form = (layer,) if only else self._pair(stack, layer)
+                    form = (plain,) if first else self._pair(stack, plain)
                     self._known[key] = self._measured(spec, stack, form)
                 most = max(most, self._known[key])
         return most
 
+    def _without_gate(self, layer: LayerSpec) -> LayerSpec:
+        """An added layer that runs as one of the teacher's does is one, for this purpose."""
+        gated = layer.added and LAYOUTS[self.teacher.model_type].normalised_after
+        return layer if gated else replace(layer, kind=KEEP)
+
     def _pair(self, stack: int, layer: LayerSpec) -> tuple[LayerSpec, ...]:
-        """The layer and one more of its form: what comes into the first is held until the last has run."""
+        """The layer and one more of its form, so that the one that needs most is not the first."""
         theirs = (self.teacher.layers, self.teacher.decoder_layers)[stack]
         twins = [
             replace(layer, source=n) for n in range(len(theirs)) if theirs[n].sizes() == theirs[layer.source].sizes()
