@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,6 +83,20 @@ def randomness_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numbers)
+
+
+@contextmanager
+def quiet_trainer() -> Iterator[None]:
+    """Trainer and accelerate speak of what is of no use to someone who did not start them."""
+    loggers = [logging.getLogger(name) for name in ("transformers.trainer", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def own_latents(model: nn.Module) -> dict[str, dict[str, Tensor]]:

@@ -8,7 +8,6 @@ unless a folder is given; a training that was stopped goes on from there.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import tempfile
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from hf_qep.algorithms.calibrated import Calibration
 from hf_qep.distill.checks import check_run
 from hf_qep.distill.hidden import projections_for
-from hf_qep.distill.learning import Learning, learning, randomness_kept
+from hf_qep.distill.learning import Learning, learning, quiet_trainer, randomness_kept
 from hf_qep.distill.losses import DistillLoss
 from hf_qep.distill.objective import Objective
 from hf_qep.distill.said import Said
@@ -134,7 +133,7 @@ def train_student(
         _folder(output_dir, resume, settings) as (folder, checkpoint),
         _as_it_was(said),
         learning(student) as learns,
-        _quiet(),
+        quiet_trainer(),
     ):
         projections = projections_for(student, said, data.task, loss, seed)
         objects = student.config.num_labels if data.task == DETECTION else None
@@ -281,17 +280,3 @@ def _as_it_was(teacher: nn.Module | Said | None) -> Iterator[None]:
         teacher.train(mode)
         for parameter in before:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Trainer and accelerate speak of what is of no use to someone who did not start them."""
-    loggers = [logging.getLogger(name) for name in ("transformers.trainer", "accelerate")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -8,16 +8,15 @@ what one forward and backward pass of the model costs, so it grows with the dept
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hf_qep.config import QepConfig
+from hf_qep.distill.learning import quiet_trainer
 from hf_qep.distill.teacher import Teacher
 from hf_qep.distill.trainable import BETAS, HELD_OUT, Trainable, nothing_else_trains
 from hf_qep.engine.report import Training
@@ -95,7 +94,7 @@ def _train(
 
     from hf_qep.distill.trainer import QepDistillTrainer
 
-    with tempfile.TemporaryDirectory(prefix="hf_qep_") as folder, _quiet(), torch.random.fork_rng():
+    with tempfile.TemporaryDirectory(prefix="hf_qep_") as folder, quiet_trainer(), torch.random.fork_rng():
         arguments = TrainingArguments(
             output_dir=folder,
             num_train_epochs=config.distill_epochs,
@@ -129,17 +128,3 @@ def _train(
         trainer.remove_callback(PrinterCallback)
         with torch.enable_grad():
             trainer.train()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Trainer and accelerate speak of what is of no use to someone who did not start a training."""
-    loggers = [logging.getLogger(name) for name in ("transformers.trainer", "accelerate")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
