@@ -32,7 +32,7 @@ def test_every_requirement_has_a_pin_inside_its_range():
 
 
 def test_extras_named_by_the_code_exist_and_bring_the_package():
-    brings = {"sklearn": "scikit-learn"}
+    brings = {"sklearn": "scikit-learn", "PIL": "pillow"}
     for path in SOURCES:
         for extra, module in re.findall(r'require\("(\w+)", "([\w.]+)"\)', path.read_text(encoding="utf-8")):
             top = module.partition(".")[0]
