@@ -295,10 +295,7 @@ def _check_layer_count(config: dict[str, Any], tensors: int) -> None:
 def _check_shapes(folder: Path, summary: CheckpointSummary) -> None:
     """Compare the model that config.json describes with the headers."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        kind = model_class(config)
-        with torch.device("meta"):
-            model = _empty(kind, config)
+        model = described_model(folder)
     except Exception as error:  # whatever a hostile or unknown config makes a model class raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -320,10 +317,17 @@ def _check_shapes(folder: Path, summary: CheckpointSummary) -> None:
         )
 
 
-def _empty(kind: Any, config: PreTrainedConfig) -> PreTrainedModel:
-    if issubclass(kind, PreTrainedModel):
-        return kind._from_config(config)
-    return kind.from_config(config, trust_remote_code=False)
+def described_model(folder: Path) -> PreTrainedModel:
+    """The model that config.json of a folder describes, without memory and without code of the folder.
+
+    Raises whatever a hostile or unknown config makes a model class raise.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kind = model_class(config)
+    with torch.device("meta"):
+        if issubclass(kind, PreTrainedModel):
+            return kind._from_config(config)
+        return kind.from_config(config, trust_remote_code=False)
 
 
 def _some(names: list[str]) -> str:

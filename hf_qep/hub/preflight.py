@@ -29,6 +29,7 @@ from hf_qep.hub.allowed import (
     kind_of,
     list_files,
 )
+from hf_qep.hub.listed import listed_problems
 from hf_qep.hub.student_folder import AGAIN, CARD_COMMAND, read_student, student_problems
 from hf_qep.progress import SILENT, Progress
 
@@ -294,24 +295,8 @@ def manifest_problems(manifest: dict[str, Any], found: dict[str, tuple[str, int]
     listed = manifest.get("files")
     if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
         return [f"{MANIFEST!r} lists no files; run: hf-qep quantize"]
-    problems = []
-    for name, entry in sorted(listed.items()):
-        if kind_of(name) in MADE_LATER:
-            continue
-        if name not in found:
-            problems.append(f"{name!r} is missing, and {MANIFEST!r} lists it")
-        elif found[name] != (entry.get("sha256"), entry.get("size")):
-            digest, size = found[name]
-            problems.append(
-                f"{name!r} has {size} bytes and sha256 {digest[:12]}..., but {MANIFEST!r} says {entry.get('size')} and "
-                f"{str(entry.get('sha256'))[:12]}...; it was changed after it was made"
-            )
-    problems += [
-        f"{name!r} is not listed in {MANIFEST!r}; it does not belong to this checkpoint"
-        for name in sorted(found)
-        if name not in listed and kind_of(name) not in MADE_LATER
-    ]
-    return problems
+    options = {"later": lambda name: kind_of(name) in MADE_LATER, "since": "it was made", "whole": "checkpoint"}
+    return listed_problems(MANIFEST, listed, found, **options)
 
 
 def _check_config(report: FolderReport) -> None:

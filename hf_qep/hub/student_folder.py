@@ -9,6 +9,7 @@ from typing import Any
 from hf_qep.engine.headers import read_json
 from hf_qep.errors import CardError
 from hf_qep.hub.allowed import DISTILLATION, MADE_LATER, STUDENT, STUDENT_CODE, kind_of
+from hf_qep.hub.listed import listed_problems
 
 AGAIN = "run: hf-qep distill train"
 CARD_COMMAND = "hf-qep distill report FOLDER --card --repo-id OWNER/NAME"
@@ -46,24 +47,8 @@ def file_problems(found: dict[str, Any], files: dict[str, tuple[str, int]]) -> l
     """Differences between `files` of distillation.json, if it has them, and those found."""
     if not lists_files(found):
         return []
-    listed = {name: entry for name, entry in found["files"].items() if not _is_later(name)}
-    problems = []
-    for name, entry in sorted(listed.items()):
-        stated = (entry.get("sha256"), entry.get("size")) if isinstance(entry, dict) else (None, None)
-        if name not in files:
-            problems.append(f"{name!r} is missing, and {DISTILLATION!r} lists it")
-        elif files[name] != stated:
-            digest, size = files[name]
-            problems.append(
-                f"{name!r} has {size} bytes and sha256 {digest[:12]}..., but {DISTILLATION!r} says {stated[1]} and "
-                f"{str(stated[0])[:12]}...; it was changed after the student was trained"
-            )
-    problems += [
-        f"{name!r} is not listed in {DISTILLATION!r}; it does not belong to this student"
-        for name in sorted(files)
-        if name not in listed and not _is_later(name)
-    ]
-    return problems
+    options = {"later": _is_later, "since": "the student was trained", "whole": "student"}
+    return listed_problems(DISTILLATION, found["files"], files, **options)
 
 
 def card_problems(card: str, found: dict[str, Any], *, remote_code: bool) -> list[str]:
@@ -118,17 +103,10 @@ def count_parameters(folder: Path) -> int:
 
     Raises CheckpointError if the files do not fit it.
     """
-    import torch
-    from transformers import AutoConfig
-
-    from hf_qep.engine.source import check_checkpoint, model_class
+    from hf_qep.engine.source import check_checkpoint, described_model
 
     check_checkpoint(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    kind = model_class(config)
-    with torch.device("meta"):
-        build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
-        return build(config).num_parameters()
+    return described_model(folder).num_parameters()
 
 
 def note_problems(folder: Path, found: dict[str, Any]) -> Iterator[str]:
