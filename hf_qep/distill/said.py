@@ -115,13 +115,9 @@ def take_said(model: Any, data: TaskData, *, batch_size: int = 32, progress: Pro
     model.eval()
     parts = []
     with progress.bar("asking the teacher", len(data), "row") as bar:
-        for start in range(0, len(data), batch_size):
-            part = data.rows(slice(start, start + batch_size))
-            batch = next(part.batches(len(part), model.device))
-            if part.rationales is not None:
-                batch["rationales"] = part.rationales.to(model.device)
+        for batch in data.batches(batch_size, model.device):
             parts.append(teacher.says(batch).to("cpu"))
-            bar.advance(len(part))
+            bar.advance(len(next(iter(batch.values()))))
     model.train(before)
     return Said.joined(parts)
 

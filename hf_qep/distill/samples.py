@@ -69,7 +69,7 @@ class TaskData:
         return replace(self, inputs=inputs, labels=labels, rationales=told)
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
-        """Forward keyword arguments with `labels` where there are any, `size` rows at a time."""
+        """Forward keyword arguments with `labels` and `rationales` where there are any, `size` rows at a time."""
         for start in range(0, len(self), size):
             part = self.rows(slice(start, start + size))
             batch: dict[str, Any] = {name: value.to(device) for name, value in part.inputs.items()}
@@ -77,6 +77,8 @@ class TaskData:
                 batch["labels"] = part.labels.to(device)
             elif part.labels is not None:
                 batch["labels"] = [{name: value.to(device) for name, value in row.items()} for row in part.labels]
+            if part.rationales is not None:
+                batch["rationales"] = part.rationales.to(device)
             yield batch
 
     def split(self, held_out: float, seed: int = 0) -> tuple[TaskData, TaskData]:

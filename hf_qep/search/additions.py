@@ -32,7 +32,7 @@ from hf_qep.progress import SILENT, Progress
 from hf_qep.search.analysis import only_activations_train, task_loss
 from hf_qep.search.answers import answer_logits_of, token_weights
 from hf_qep.search.healing import DAMPING
-from hf_qep.search.watching import submodule, watched
+from hf_qep.search.watching import watched, writers_of
 from hf_qep.students.family import family_of, layers_of
 from hf_qep.students.materialize import materialize
 from hf_qep.students.modeling_student import Layout
@@ -192,8 +192,8 @@ def _put(layer: nn.Module, weights: dict[str, Tensor]) -> None:
 def _fitted(student: PreTrainedModel, layer: nn.Module, layout: Layout, aim: Aim, batch_size: int) -> dict[str, Tensor]:
     """Weights of the added layer's writers that follow the functional gradient, by name within the layer."""
     names = {ATTENTION: layout.attention_out, MLP: layout.mlp_out}
-    parts = [part for part in names if submodule(layer, names[part]) is not None]
-    widths = [submodule(layer, names[part]).in_features for part in parts]
+    parts = writers_of(layer, layout)
+    widths = [linear.in_features for linear in parts.values()]
     square: Any = 0.0
     wanted: Any = 0.0
     tokens = 0

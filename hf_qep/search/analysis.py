@@ -9,7 +9,7 @@ keeps what the teacher knows of everything, the second is what lets go of what t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_qep.architectures.skeleton import HIDDEN as HIDDEN_STATES
 from hf_qep.architectures.skeleton import forward_only
 from hf_qep.distill.said import embedding_of, forward_inputs
 from hf_qep.distill.samples import EMBEDDING, TaskData
+from hf_qep.distill.trainable import nothing_else_trains
 from hf_qep.errors import CheckpointError, NonFiniteError
 from hf_qep.files import canonical_json, write_aside
 from hf_qep.progress import SILENT, Progress
@@ -156,24 +158,16 @@ def task_loss(output: Any, batch: dict[str, Any], data: TaskData, generator: tor
 @contextmanager
 def only_activations_train(model: nn.Module, first: Sequence[nn.Module]) -> Iterator[None]:
     """Gradients start at what enters the first layers; weights get none while the body runs."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
 
     def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs[HIDDEN_STATES]
         if not hidden.requires_grad:
             hidden.requires_grad_(True)
 
-    handles = [layer.register_forward_pre_hook(start, with_kwargs=True, prepend=True) for layer in first]
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with nothing_else_trains(model), torch.enable_grad(), ExitStack() as undo:
+        for layer in first:
+            undo.callback(layer.register_forward_pre_hook(start, with_kwargs=True, prepend=True).remove)
+        yield
 
 
 def _add_batch(

@@ -29,7 +29,7 @@ from hf_qep.distill.samples import TaskData
 from hf_qep.errors import ConfigError
 from hf_qep.progress import SILENT, Progress
 from hf_qep.search.answers import token_weights
-from hf_qep.search.watching import Seen, submodule, watched
+from hf_qep.search.watching import Seen, watched, writers_of
 from hf_qep.students.family import family_of, layers_of
 from hf_qep.students.modeling_student import Layout
 from hf_qep.students.spec import ATTENTION, MLP, CandidateSpec
@@ -140,14 +140,11 @@ def _goal(
     a norm between two layers of the teacher has no place in the student to be fitted to.
     """
     layers = dict(spec.stacks())[stack]
-    source = layers[index].source
-    if part != last:
-        return stream.after(stack, source, part)
-    if not layout.normalised_after:
-        following = [layer.source for layer in layers[index + 1 :] if not layer.added]
-        count = len(layers_of(stream.teacher, stack))
-        source = (following[0] if following else count) - 1
-    return stream.after(stack, source, MLP if not layout.normalised_after else part)
+    if part != last or layout.normalised_after:
+        return stream.after(stack, layers[index].source, part)
+    following = [layer.source for layer in layers[index + 1 :] if not layer.added]
+    count = len(layers_of(stream.teacher, stack))
+    return stream.after(stack, (following[0] if following else count) - 1, MLP)
 
 
 def _fit(
@@ -161,8 +158,7 @@ def _fit(
     damping: float,
 ) -> None:
     """Fit the writers of `parts`, which are added to the stream together, to a goal."""
-    names = {ATTENTION: layout.attention_out, MLP: layout.mlp_out}
-    writers = [submodule(layer, names[part]) for part in parts]
+    writers = [writers_of(layer, layout)[part] for part in parts]
     width, outputs = sum(w.in_features for w in writers), writers[0].out_features
     moments = Moments(width, device=writers[0].weight.device, outputs=outputs)
     for seen, wanted, batch in zip(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -204,9 +205,17 @@ class LatencyTable:
             total += self._part(MLP, hidden, str(stack), (layer.intermediate_size,))
         return total
 
+    @cached_property
+    def _known(self) -> dict[tuple[str, int, str], dict[tuple[int, ...], float]]:
+        """Sizes -> milliseconds, by part, width and group: a search asks for every layer of every student."""
+        found: dict[tuple[str, int, str], dict[tuple[int, ...], float]] = {}
+        for entry in self.entries:
+            found.setdefault((entry.part, entry.hidden, entry.group), {})[entry.sizes] = entry.ms
+        return found
+
     def _part(self, part: str, hidden: int, group: str, sizes: tuple[int, ...]) -> float:
-        known = {e.sizes: e.ms for e in self.entries if (e.part, e.hidden, e.group) == (part, hidden, group)}
-        if not known:
+        known = self._known.get((part, hidden, group))
+        if known is None:
             raise ConfigError(f"the table of latencies has no {part} of kind {group!r}; measure it for this teacher")
         return known[sizes] if sizes in known else _interpolate(known, sizes)
 

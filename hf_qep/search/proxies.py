@@ -70,15 +70,17 @@ class ProxyContext:
     def stream(self) -> TeacherStream:
         """The teacher's residual stream on the rows to fit."""
         if "stream" not in self._shared:
-            rows = self.fit.rows(slice(0, min(len(self.fit), HEALING_ROWS)))
-            self._shared["stream"] = TeacherStream(self.teacher, rows, self.batch_size)
+            self._shared["stream"] = TeacherStream(self.teacher, self.fit.rows(slice(HEALING_ROWS)), self.batch_size)
         return self._shared["stream"]
 
     @property
     def aim(self) -> Aim:
         """To answer as the teacher does on the rows that healing looks at."""
-        rows = torch.arange(min(len(self.fit), HEALING_ROWS))
-        return Aim(self.fit.rows(rows), self.said("fit").rows(rows), self.seed)
+        if "aim" not in self._shared:
+            rows = self.stream.data  # not all rows to fit: most students have no use for what is said about those
+            said = take_said(self.teacher, rows, batch_size=self.batch_size)
+            self._shared["aim"] = Aim(rows, said, self.seed)
+        return self._shared["aim"]
 
     def said(self, which: str) -> Said:
         """What the teacher says about the rows to `fit` or to `judge`, at the answers."""
@@ -106,7 +108,8 @@ class ProxyContext:
         student = materialize(self.teacher, whole, self.analysis.scores, seed=self.seed)
         if healed:
             heal(student, whole, kept_units(whole, shape, self.analysis.scores), self.stream, only=only)
-            start_additions(student, whole, self.aim, self.batch_size)
+            if any(layer.added for layer in whole.layers):
+                start_additions(student, whole, self.aim, self.batch_size)
         return student
 
 
@@ -139,15 +142,14 @@ def influence(context: ProxyContext, spec: CandidateSpec) -> float:
 
 def units(context: ProxyContext, spec: CandidateSpec) -> float:
     """Share of each layer's worth that goes, weighted by the layer's influence."""
-    shape, scores = teacher_shape(context.teacher), context.analysis.scores
-    lost = 0.0
+    scores, lost = context.analysis.scores, 0.0
+    kept = kept_units(spec, teacher_shape(context.teacher), scores)
     for stack, layers in spec.stacks():
         weight = context.analysis.influence[stack]
         lost += sum(weight)
         for number, layer in enumerate(layers):
             if layer.added:
                 continue
-            kept = kept_units(spec, shape, scores)
             for part in set(SUB_BLOCKS) - layer.skip:
                 worth = (scores.heads if part == ATTENTION else scores.ffn)[stack][layer.source]
                 which = (kept.heads if part == ATTENTION else kept.ffn)[stack][number]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from hf_qep.distill.samples import CAUSAL_LM
+from hf_qep.distill.store import teacher_fingerprint
 from hf_qep.errors import CheckpointError
 from hf_qep.files import canonical_json, write_text_aside
 from hf_qep.progress import SILENT, Progress
@@ -162,17 +163,14 @@ def measure(bench: Bench, choices: Sequence[Choice], cost: CostModel) -> dict[st
 
 def fingerprint(context: ProxyContext, space: SearchSpace, plan: SearchPlan) -> dict[str, Any]:
     """What the values of a search depend on, as JSON values by part."""
-    state = context.teacher.state_dict()
-    weights = {name: [list(t.shape), str(t.dtype), float(t.double().sum())] for name, t in state.items()}
     return {
-        "teacher": canonical_json(weights),
+        "teacher": teacher_fingerprint(context.teacher),
         "fit": context.fit.fingerprint(),
         "judge": context.judge.fingerprint(),
         "space": canonical_json(space.to_dict()),
         "workload": plan.workload.to_dict(),
-        "short": {"learning_rate": context.learning_rate, "batch_size": context.batch_size},
+        "short": {name: getattr(context, name) for name in ("learning_rate", "batch_size", "seed")},
         "loss": context.loss.to_dict(),
-        "seed": context.seed,
         "ladder": [plan.study, *map(list, plan.ladder)],
     }
 

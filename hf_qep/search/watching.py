@@ -52,8 +52,7 @@ class Seen:
 def watched(layer: nn.Module, layout: Layout) -> Iterator[Seen]:
     """Fill a `Seen` at every pass through the layer while the body runs. Sub-blocks that are skipped leave None."""
     seen = Seen()
-    names = [layout.attention_out, layout.mlp_in[0], layout.mlp_out]
-    writer, reader, mlp_writer = (submodule(layer, name) for name in names)
+    reader = submodule(layer, layout.mlp_in[0])
 
     def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.clear()
@@ -65,9 +64,8 @@ def watched(layer: nn.Module, layout: Layout) -> Iterator[Seen]:
     with ExitStack() as undo:
         undo.callback(layer.register_forward_pre_hook(entering, with_kwargs=True).remove)
         undo.callback(layer.register_forward_hook(leaving).remove)
-        for module, part in ((writer, ATTENTION), (mlp_writer, MLP)):
-            if module is not None:
-                undo.callback(module.register_forward_hook(_noting(seen, part)).remove)
+        for part, writer in writers_of(layer, layout).items():
+            undo.callback(writer.register_forward_hook(_noting(seen, part)).remove)
         if reader is not None:
             undo.callback(reader.register_forward_pre_hook(lambda m, args: setattr(seen, "mlp_enter", args[0])).remove)
         yield seen
@@ -78,6 +76,12 @@ def all_watched(layers: Sequence[nn.Module], layout: Layout) -> Iterator[list[Se
     """`watched` for several layers at once."""
     with ExitStack() as undo:
         yield [undo.enter_context(watched(layer, layout)) for layer in layers]
+
+
+def writers_of(layer: nn.Module, layout: Layout) -> dict[str, nn.Linear]:
+    """Sub-block -> the linear that writes what it found into the residual stream; skipped ones are missing."""
+    found = {part: submodule(layer, name) for part, name in ((ATTENTION, layout.attention_out), (MLP, layout.mlp_out))}
+    return {part: linear for part, linear in found.items() if linear is not None}
 
 
 def submodule(layer: nn.Module, name: str) -> nn.Linear | None:
