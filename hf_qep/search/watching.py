@@ -36,9 +36,12 @@ class Seen:
             setattr(self, name, None)
 
     def after(self, part: str, layout: Layout) -> Tensor:
-        """The residual stream after `attention` or `mlp` was added to it, before any norm, (rows, tokens, hidden)."""
+        """The residual stream after `attention` or `mlp` was added to it, before any norm, (rows, tokens, hidden).
+
+        A sub-block that the layer skips adds nothing.
+        """
         mid = self.enter if self.attention_wrote is None else self.enter + self.attention_wrote
-        if part == ATTENTION:
+        if part == ATTENTION or self.mlp_wrote is None:
             return mid
         before = self.mlp_enter if layout.normalised_after else mid
         return before + self.mlp_wrote

@@ -144,3 +144,15 @@ def test_a_trimmed_vocabulary_is_refused(tiny_model):
     spec = replace(teacher_shape(teacher).identity(), vocabulary=tuple(range(100)))
     with pytest.raises(ConfigError, match="before trimming"):
         heal(teacher, spec, None, TeacherStream(teacher, data))
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere2", "vit", "bert_classifier"])
+@pytest.mark.parametrize("part", [ATTENTION, MLP])
+def test_a_student_that_skips_something_can_be_a_teacher(tiny_model, family, part):
+    whole, data = tiny_model(family), rows_for(family, count=64)
+    teacher = materialize(whole, teacher_shape(whole).identity().with_layer(1, skip=frozenset({part})))
+    spec = teacher_shape(teacher).identity().with_layer(0, intermediate_size=48)
+    student, kept = cut(teacher, spec)
+    before = residual_error(student, teacher, data)
+    heal(student, spec, kept, TeacherStream(teacher, data))
+    assert residual_error(student, teacher, data) < before
