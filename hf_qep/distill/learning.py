@@ -85,6 +85,35 @@ def randomness_kept() -> Iterator[None]:
         np.random.set_state(numbers)
 
 
+def trainer_arguments(
+    model: Any, folder: str, *, batch_size: int, betas: tuple[float, float], seed: int, **others: Any
+) -> Any:
+    """TrainingArguments of a training that says nothing, leaves all columns and falls down a cosine.
+
+    batch_size: rows, for training and evaluation. others: further arguments.
+    """
+    from transformers import TrainingArguments
+
+    device = model.device.type
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        lr_scheduler_type="cosine",
+        adam_beta1=betas[0],
+        adam_beta2=betas[1],
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=device == "cpu",
+        bf16=device == "cuda" and torch.cuda.is_bf16_supported(),
+        seed=seed % 2**32,
+        **others,
+    )
+
+
 @contextmanager
 def quiet_trainer() -> Iterator[None]:
     """Trainer and accelerate speak of what is of no use to someone who did not start them."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hf_qep.algorithms.calibrated import Calibration
 from hf_qep.distill.checks import check_run
 from hf_qep.distill.hidden import projections_for
-from hf_qep.distill.learning import Learning, learning, quiet_trainer, randomness_kept
+from hf_qep.distill.learning import Learning, learning, quiet_trainer, randomness_kept, trainer_arguments
 from hf_qep.distill.losses import DistillLoss
 from hf_qep.distill.objective import Objective
 from hf_qep.distill.said import Said
@@ -211,33 +211,21 @@ def _measured(trainer: StudentTrainer) -> dict[str, float] | None:
 
 
 def _arguments(student: Any, folder: str, schedule: Schedule, learns: Learning, judged: bool, saved: bool) -> Any:
-    from transformers import TrainingArguments
-
-    cuda = student.device.type == "cuda"
-    return TrainingArguments(
-        output_dir=folder,
+    return trainer_arguments(
+        student,
+        folder,
+        batch_size=schedule.batch_size,
+        betas=learns.betas,
+        seed=schedule.seed,
         num_train_epochs=schedule.epochs,
         max_steps=schedule.steps or -1,
         learning_rate=schedule.learning_rate,
-        per_device_train_batch_size=schedule.batch_size,
-        per_device_eval_batch_size=schedule.batch_size,
         gradient_accumulation_steps=schedule.accumulate,
         warmup_steps=schedule.warmup,
-        lr_scheduler_type="cosine",
-        adam_beta1=learns.betas[0],
-        adam_beta2=learns.betas[1],
         max_grad_norm=1.0 if learns.groups is None else 0.0,  # rates of packed students are in units of their scales
         eval_strategy="epoch" if judged else "no",
         save_strategy="epoch" if saved else "no",
         save_total_limit=1,
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=not cuda,
-        bf16=cuda and torch.cuda.is_bf16_supported(),
-        seed=schedule.seed % 2**32,
     )
 
 

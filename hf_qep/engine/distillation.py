@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_qep.config import QepConfig
-from hf_qep.distill.learning import quiet_trainer
+from hf_qep.distill.learning import quiet_trainer, trainer_arguments
 from hf_qep.distill.teacher import Teacher
 from hf_qep.distill.trainable import BETAS, HELD_OUT, Trainable, nothing_else_trains
 from hf_qep.engine.report import Training
@@ -90,31 +90,22 @@ def _train(
     teacher: Teacher,
     rows_per_step: int,
 ) -> None:
-    from transformers import PrinterCallback, TrainingArguments
+    from transformers import PrinterCallback
 
     from hf_qep.distill.trainer import QepDistillTrainer
 
     with tempfile.TemporaryDirectory(prefix="hf_qep_") as folder, quiet_trainer(), torch.random.fork_rng():
-        arguments = TrainingArguments(
-            output_dir=folder,
+        arguments = trainer_arguments(
+            model,
+            folder,
+            batch_size=rows_per_step,
+            betas=BETAS,
+            seed=derived_seed("distill", config.seed),
             num_train_epochs=config.distill_epochs,
-            per_device_train_batch_size=rows_per_step,
-            per_device_eval_batch_size=rows_per_step,
-            lr_scheduler_type="cosine",
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
             max_grad_norm=0.0,
             eval_strategy="epoch",
             prediction_loss_only=True,
             save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            use_cpu=model.device.type == "cpu",
-            bf16=model.device.type == "cuda" and torch.cuda.is_bf16_supported(),
-            seed=derived_seed("distill", config.seed) % 2**32,
         )
         trainer = QepDistillTrainer(
             model=model,
