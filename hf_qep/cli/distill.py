@@ -27,6 +27,10 @@ DATA_HELP = (
     "Rows of the task: a jsonl, csv or parquet file, a folder of images by class, or a data set id:config:split."
 )
 ANSWERS_HELP = "Completions that are the classes of a language model, as they follow the prompt: ' yes' ' no'."
+PROMPT_HELP = (
+    "UTF-8 text file that a language model reads, as it is, before every row where it is asked or measured; "
+    "the student never reads it."
+)
 WorkArgument = Annotated[Path, typer.Argument(help="Folder that `distill analyze` has made.")]
 PickOption = Annotated[
     str, typer.Option(help="balanced, fast, accurate, or the first digits of a student's key in the report.")
@@ -51,6 +55,7 @@ def analyze_command(
     objects: Annotated[str, typer.Option(help="Column with the objects on it: bbox and category.")] = "objects",
     classes: Annotated[list[str] | None, typer.Option(help="Name of a class, in order; may be repeated.")] = None,
     answer: Annotated[list[str] | None, typer.Option(help=ANSWERS_HELP + " May be repeated.")] = None,
+    teacher_prompt: Annotated[Path | None, typer.Option(help=PROMPT_HELP)] = None,
     max_length: Annotated[int, typer.Option(help="Most tokens per row.")] = 512,
     limit: Annotated[int | None, typer.Option(help="Most rows, drawn at random.")] = None,
     held_out: Annotated[float, typer.Option(help="Share of rows to judge by, and again to report on.")] = 0.15,
@@ -66,11 +71,12 @@ def analyze_command(
     check_output(out, overwrite=overwrite)
     to_device(device)
     from hf_qep.cli.distill_analyze import analyze
-    from hf_qep.cli.distill_job import Job, located
+    from hf_qep.cli.distill_job import Job, located, read_prompt
 
     job = Job(
         located(teacher), task, located(data), revision, test and located(test), template, text, label, image, objects,
         tuple(classes or ()) or None, tuple(answer or ()) or None, max_length, limit, held_out, seed, device,
+        None if teacher_prompt is None else read_prompt(teacher_prompt),
     )  # fmt: skip
     result = analyze(job, out, batch_size, additions, overwrite, Progress(quiet or as_json))
     if as_json:

@@ -66,8 +66,8 @@ def _size(value: float | None) -> float | None:
 
 
 def _scores(opened: Opened, batch_size: int, progress: Progress) -> dict[str, Any]:
-    """How good the teacher is at the task, on rows that nothing is chosen by."""
+    """How good the teacher is at the task, behind its prompt if it has one, on rows that nothing is chosen by."""
     if not can_score(opened.test):
         return {}
-    summary = score(opened.teacher, opened.test, batch_size, progress=progress).summary()
+    summary = score(opened.asked, opened.test, batch_size, progress=progress).summary()
     return {name: summary[name] for name in ("nll", "accuracy", "auc", "majority")}

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hf_qep.distill.losses import DistillLoss
-from hf_qep.distill.samples import EMBEDDING, TASKS
+from hf_qep.distill.samples import CAUSAL_LM, EMBEDDING, TASKS
 from hf_qep.errors import CheckpointError, ConfigError
 from hf_qep.files import write_text_aside
 
@@ -28,7 +28,8 @@ class Job:
 
     data, test: sources of rows (`reading.read_rows`); without `test` a share `held_out` of the rows is kept for it. A
     second share judges candidates and epochs. classes: names in the order of the teacher's outputs. limit: most rows
-    that are read of each source. Raises ConfigError for values that are out of range.
+    that are read of each source. prompt: text that the teacher reads before every row and the student never does.
+    Raises ConfigError for values that are out of range, and for a prompt of another task than causal-lm.
     """
 
     teacher: str
@@ -48,6 +49,7 @@ class Job:
     held_out: float = 0.15
     seed: int = 0
     device: str = "cpu"
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -58,6 +60,8 @@ class Job:
             )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"at least 1 row must be read, not {self.limit}")
+        if self.prompt is not None and self.task != CAUSAL_LM:
+            raise ConfigError(f"only a teacher of {CAUSAL_LM} reads a prompt, not one of {self.task}; leave it out")
 
     def save(self, folder: Path) -> None:
         """Write job.json."""
@@ -80,6 +84,17 @@ class Job:
 def located(source: str) -> str:
     """A source that a later command finds from wherever it is called: the whole path of what lies on this machine."""
     return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a file as it is, line ends included. Raises ConfigError where there is none, or not in UTF-8."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the teacher's prompt {str(path)!r} cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ConfigError(f"the teacher's prompt {str(path)!r} is empty; write one, or leave it out")
+    return text
 
 
 def public_name(source: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_qep.accounting import bits_report
+from hf_qep.distill.prompted import PromptedTeacher
 from hf_qep.distill.said import Said
 from hf_qep.distill.samples import TaskData
 from hf_qep.evaluation.retention import paired_retention
@@ -16,7 +17,7 @@ from hf_qep.progress import Progress
 from hf_qep.search.latency import Bench
 from hf_qep.search.proxies import distance
 from hf_qep.search.scoring import Scores, can_score, score
-from hf_qep.students.family import teacher_shape
+from hf_qep.students.spec import TeacherShape
 
 BEFORE, LABELS_ONLY = "student, before", "student, labels only"
 """Names in a report of a student that has not learned yet, and of one that learned from the labels alone."""
@@ -38,7 +39,9 @@ class Measured:
         return {"score": score, "distance": self.distance, "parameters": self.parameters}
 
 
-def measured(model: PreTrainedModel, test: TaskData, said: Said | None, progress: Progress) -> Measured:
+def measured(
+    model: PreTrainedModel | PromptedTeacher, test: TaskData, said: Said | None, progress: Progress
+) -> Measured:
     """A model on some rows. said: what the teacher said about them, None for the teacher itself."""
     scores = score(model, test, SCORE_BATCH, progress=progress) if can_score(test) else None
     away = 0.0 if said is None else distance(model, test, said, SCORE_BATCH)
@@ -54,10 +57,13 @@ def retention_of(student: Measured, teacher: Measured) -> dict[str, Any] | None:
     return asdict(paired_retention(*items, student.scores.chance)[2])
 
 
-def latencies(models: dict[str, tuple[PreTrainedModel, TaskData]]) -> dict[str, float]:
+def latencies(
+    models: dict[str, tuple[PreTrainedModel | PromptedTeacher, TaskData]], shape: TeacherShape
+) -> dict[str, float]:
     """Median milliseconds of each model for the first of its rows, timed in turn so that a busy machine hits all alike.
 
-    models: name -> a model and rows that it reads.
+    models: name -> a model and rows that it reads. A prompt is not timed: what it comes to is computed once before.
+    shape: of the teacher.
     """
     builds = iter([model for model, _ in models.values()])
     rows = iter([(data.rows(slice(0, 1)).inputs, model.device) for model, data in models.values()])
@@ -66,6 +72,5 @@ def latencies(models: dict[str, tuple[PreTrainedModel, TaskData]]) -> dict[str, 
         values, device = next(rows)
         return {name: value.to(device) for name, value in values.items()}
 
-    spec = teacher_shape(next(iter(models.values()))[0]).identity()
-    times = Bench(lambda _: next(builds), inputs, repeats=ROUNDS).medians([spec] * len(models))
+    times = Bench(lambda _: next(builds), inputs, repeats=ROUNDS).medians([shape.identity()] * len(models))
     return dict(zip(models, times, strict=True))

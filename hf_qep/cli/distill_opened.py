@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,11 +11,13 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_qep.cli.distill_job import ANALYSIS, SEARCH, SEEN, Job, default_loss, public_name
 from hf_qep.distill.checks import check_data
 from hf_qep.distill.losses import DistillLoss
+from hf_qep.distill.prompted import PromptedTeacher
 from hf_qep.distill.reading import Columns, read_task
 from hf_qep.distill.samples import CAUSAL_LM, DETECTION, EMBEDDING, IMAGE_CLASSES, TEXT_CLASSES, TaskData
 from hf_qep.distill.store import teacher_fingerprint
@@ -30,6 +33,8 @@ from hf_qep.students.spec import CandidateSpec, TeacherShape, check_against
 
 FIT_ROWS, JUDGE_ROWS = 8192, 1024
 """Most rows for healing and short distillations, and for judging candidates."""
+LEAST_ROW = 2
+"""Tokens of a row: one to read and one to answer."""
 LEAST_KEY = 4
 """Digits of a key that name a student."""
 AUTO_CLASSES = {
@@ -63,6 +68,37 @@ class Opened:
         return teacher_shape(self.teacher)
 
     @cached_property
+    def prompt_ids(self) -> Tensor | None:
+        """Tokens of the prompt, (tokens,) int64, with the one that begins a text where there is one; None without.
+
+        Raises ConfigError for a prompt that leaves no room for rows.
+        """
+        if self.job.prompt is None:
+            return None
+        tokenizer = self._reader()
+        ids, bare = (tokenizer(self.job.prompt, add_special_tokens=adds)["input_ids"] for adds in (True, False))
+        if ids == bare and tokenizer.bos_token_id is not None:
+            ids = [tokenizer.bos_token_id, *ids]
+        room = getattr(self.teacher.config, "max_position_embeddings", None)
+        if room is not None and len(ids) + LEAST_ROW > room:
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens, and the teacher has room for {room}, of which a row needs at least "
+                f"{LEAST_ROW}; shorten it"
+            )
+        return torch.tensor(ids)
+
+    @cached_property
+    def asked(self) -> PreTrainedModel | PromptedTeacher:
+        """The teacher as it is asked and measured: behind its prompt if it has one. Raises as `prompt_ids` does."""
+        return self.teacher if self.prompt_ids is None else PromptedTeacher(self.teacher, self.prompt_ids)
+
+    def prompt_facts(self) -> dict[str, Any] | None:
+        """What others may know of the prompt: how many tokens it has, and the SHA-256 of its UTF-8 text."""
+        if self.prompt_ids is None:
+            return None
+        return {"tokens": len(self.prompt_ids), "sha256": hashlib.sha256(self.job.prompt.encode()).hexdigest()}
+
+    @cached_property
     def parts(self) -> dict[str, TaskData]:
         """Rows to learn from (`train`), to judge candidates and epochs by (`judge`), and that decide nothing (`test`).
 
@@ -85,16 +121,22 @@ class Opened:
         return found
 
     def _read(self, source: str, classes: tuple[str, ...] | None) -> TaskData:
-        job = self.job
-        if self.processor is None:
-            raise ConfigError(f"{job.teacher!r} has no tokenizer or image processor, so rows cannot be read for it")
+        job, reader = self.job, self._reader()
         longest = getattr(self.teacher.config, "max_position_embeddings", None) or job.max_length
+        longest -= 0 if self.prompt_ids is None else len(self.prompt_ids)
         options: dict[str, Any] = {"answers": job.answers, "limit": job.limit, "seed": job.seed}
         options["columns"] = Columns(job.text, job.template, job.label, job.image, job.objects)
         options["max_length"] = min(job.max_length, longest)
-        data = read_task(source, job.task, self.processor, classes=classes if job.answers is None else None, **options)
+        data = read_task(source, job.task, reader, classes=classes if job.answers is None else None, **options)
         # The nearness to prototypes of classes is not asked for here, so the labels of an embedding judge nothing.
         return replace(data, labels=None, classes=None) if job.task == EMBEDDING else data
+
+    def _reader(self) -> Any:
+        if self.processor is None:
+            raise ConfigError(
+                f"{self.job.teacher!r} has no tokenizer or image processor, so rows cannot be read for it"
+            )
+        return self.processor
 
     def _class_names(self) -> tuple[str, ...] | None:
         """Names of a classifier's outputs, where they are more than numbers."""

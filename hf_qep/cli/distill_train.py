@@ -80,15 +80,16 @@ def train(
     loss = teaching.loss_for(opened.job.task)
     _check_wishes(opened, teaching, loss)
     start = load(opened, name) if choice is None else begin(opened, choice)
-    lesson = _Lesson(opened, start, teaching, progress)
-    found = {"teacher": lesson.measure(opened.teacher), BEFORE: lesson.measure(start.student)}
+    lesson = Lesson(opened, start, teaching, progress)
+    found = {"teacher": lesson.measure(opened.asked), BEFORE: lesson.measure(start.student)}
     if teaching.baselines and loss.alpha < 1:  # else the student itself learns from the labels alone
         alone = copy.deepcopy(start.student)
         student, _ = lesson.teach(alone, replace(loss, alpha=1.0, hidden=0.0, relation=0.0), "labels")
         found[LABELS_ONLY] = lesson.measure(student)
     start.student, report = lesson.teach(start.student, loss, "student")
     found["student"] = lesson.measure(start.student)
-    times = latencies({"teacher": (opened.teacher, opened.test), "student": (start.student, start.rows(opened.test))})
+    timed = {"teacher": (opened.asked, opened.test), "student": (start.student, start.rows(opened.test))}
+    times = latencies(timed, opened.shape)
     save(opened, start, out, overwrite=overwrite)
     facts = _facts(opened, start, found, times) | {
         "loss": loss.to_dict(),
@@ -119,6 +120,7 @@ def _facts(opened: Opened, start: Start, found: dict[str, Measured], times: dict
         "teacher": teacher,
         "data": public_name(job.data),
         "test": None if job.test is None else public_name(job.test),
+        "prompt": opened.prompt_facts(),
         "start": start.origin or teacher,
         "rows": {name: len(part) for name, part in opened.parts.items()},
         "models": models,
@@ -129,8 +131,13 @@ def _facts(opened: Opened, start: Start, found: dict[str, Measured], times: dict
     }
 
 
-class _Lesson:
-    """A student's rows, and what the teacher says about them."""
+class Lesson:
+    """A student's rows, and what the teacher says about them, behind its prompt if it has one.
+
+    opened, start: the teacher with its rows, and the student. parts: `train`, `judge` and `test`, the rows in the
+    student's vocabulary. tokens: the teacher's ids of its tokens (vocabulary,) int64, None for all. calibration: of
+    the teacher, once there was a training that asked it.
+    """
 
     def __init__(self, opened: Opened, start: Start, teaching: Teaching, progress: Progress) -> None:
         self.opened, self.start, self.teaching, self.progress = opened, start, teaching, progress
@@ -141,17 +148,24 @@ class _Lesson:
         self.calibration: Calibration | None = None
 
     def measure(self, model: Any) -> Measured:
-        """A model on the rows of the report, which nothing is chosen by."""
-        if model is self.opened.teacher:
+        """A model on the rows of the report, which nothing is chosen by: the teacher, with or without its prompt, or a
+        student in the vocabulary of this one."""
+        if model is self.opened.asked:
             return measured(model, self.opened.test, None, self.progress)
+        if model is self.opened.teacher:
+            return measured(model, self.opened.test, self.said("test", kept=False), self.progress)
         return measured(model, self.parts["test"], self.said("test"), self.progress)
 
     def teach(self, student: Any, loss: DistillLoss, who: str) -> tuple[Any, TrainReport]:
-        """The student after its training, by adapters that are merged afterwards if there are to be some."""
+        """The student after its training, by adapters that are merged afterwards if there are to be some.
+
+        who: names its checkpoints, which `forget` removes. Raises ConfigError if student, loss and rows do not belong
+        together.
+        """
         data, judge = self.parts["train"], self.parts["judge"]
         teacher: Any = None
         if judge.labels is None:
-            teacher = self.opened.teacher  # only one that is asked now can judge rows without labels
+            teacher = self.opened.asked  # only one that is asked now can judge rows without labels
         elif loss.asks:
             teacher = self.said("train", hidden=loss.needs_hidden)
             self.calibration = self._calibrated() if loss.alpha < 1 else None
@@ -177,13 +191,18 @@ class _Lesson:
         width = getattr(self.start.student.config, "hidden_size", 64)
         return self.teaching.schedule["learning_rate"] or (ADAPTER_RATE if self.teaching.rank else default_rate(width))
 
-    def said(self, part: str, *, hidden: bool = False) -> Said:
-        """What the teacher says about some rows, from the folder where it was asked before."""
-        kept = "" if self.tokens is None else f"-{_digest(self.tokens)}"
-        folder = self.opened.folder / TEACHER / f"{part}{kept}{'-hidden' if hidden else ''}"
-        data = (self.opened.parts if self.tokens is None else self.parts)[part]
-        options = {"keep_ids": self.tokens, "hidden": hidden, "batch_size": ASK_BATCH, "progress": self.progress}
-        return TeacherStore.build(folder, self.opened.teacher, data, **options).said
+    def said(self, part: str, *, hidden: bool = False, kept: bool = True) -> Said:
+        """What the teacher says about the rows of a part, from the folder where it was asked before.
+
+        hidden: also its last hidden state. kept: only about the student's tokens. Raises ConfigError if the folder
+        holds answers of another teacher, behind another prompt or to other rows.
+        """
+        tokens = self.tokens if kept else None
+        mark = "" if tokens is None else f"-{_digest(tokens)}"
+        folder = self.opened.folder / TEACHER / f"{part}{mark}{'-hidden' if hidden else ''}"
+        data = (self.opened.parts if tokens is None else self.parts)[part]
+        options = {"keep_ids": tokens, "hidden": hidden, "batch_size": ASK_BATCH, "progress": self.progress}
+        return TeacherStore.build(folder, self.opened.asked, data, **options).said
 
     def forget(self) -> None:
         """Remove the checkpoints of trainings that have come to their end."""

@@ -50,6 +50,10 @@ class PromptedTeacher(nn.Module):
         """Where the model lies."""
         return self.model.device
 
+    def num_parameters(self) -> int:
+        """Weights of the model; a prompt has none."""
+        return self.model.num_parameters()
+
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Any:
         """Outputs for rows (rows, tokens) int64. attention_mask: of the rows, without the prompt."""

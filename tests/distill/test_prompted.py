@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_qep.distill.checks import check_teacher, classes_of
 from hf_qep.distill.prompted import PromptedTeacher
 from hf_qep.distill.said import take_said
 from hf_qep.distill.samples import CAUSAL_LM, IGNORED, TaskData
@@ -52,6 +53,13 @@ def test_rows_do_not_change_what_is_kept_of_the_prompt(model):
 def test_another_prompt_is_another_teacher(model):
     one, two = PromptedTeacher(model, PROMPT), PromptedTeacher(model, PROMPT[:-1])
     assert teacher_fingerprint(one) != teacher_fingerprint(two)
+
+
+def test_a_prompt_has_no_weights_and_the_classes_are_the_models(model):
+    teacher = PromptedTeacher(model, PROMPT)
+    assert teacher.num_parameters() == model.num_parameters()
+    assert classes_of(teacher, CAUSAL_LM) == model.config.vocab_size
+    check_teacher(model, teacher, CAUSAL_LM, None)
 
 
 def test_impossible_prompts_are_refused(model):

@@ -172,6 +172,16 @@ def test_a_student_of_first_weights_without_a_home_is_a_finetune_of_its_teacher(
     assert "base_model" not in read_metadata(card_of({}, **nowhere))
 
 
+def test_a_prompt_of_the_teacher_is_told_with_its_size_and_digest():
+    prompt = {"tokens": 8642, "sha256": "0a1b" * 16}
+    card = card_of({}, prompt=prompt)
+    section = card.split("## How it was taught")[1].split("\n## ")[0]
+    assert f"a prompt of 8642 tokens before every item (sha256 `{prompt['sha256']}`); the student reads none" in section
+    assert "is not timed" in card and unexplained(card, student() | {"prompt": prompt}) == []
+    assert unexplained(card, student()) != []
+    assert "prompt" not in card_of({}).lower() and card_of({}, prompt=None) == card_of({})
+
+
 def test_tables_render(folder):
     tokens = MarkdownIt("commonmark").enable("table").parse((folder / "README.md").read_text())
     kinds = [token.type for token in tokens]
@@ -215,6 +225,9 @@ def test_hostile_text_is_shown_and_not_obeyed(one, two):
         {"auto_class": "AutoModel; x"},
         {"student": student()["student"] | {"bytes": 0}},
         {"teacher": student()["teacher"] | {"parameters": -1}},
+        {"prompt": {"tokens": 0, "sha256": "0" * 64}},
+        {"prompt": {"tokens": 5, "sha256": "[x](https://evil.example)"}},
+        {"prompt": {"tokens": 5}},
     ],
 )
 def test_facts_that_would_break_the_card_are_refused(change):
@@ -229,6 +242,15 @@ def test_a_card_is_found_again_from_its_file(folder, found):
     card = (folder / "README.md").read_text()
     assert rendered_again(card, found, remote_code=True) == unsealed(card)
     assert re.sub(r"\\(.)", r"\1", re.search(r"exactly this: (.*)\.", card)[1]) == WORDS
+
+
+def test_a_card_with_a_prompt_is_found_again_and_files_of_before_have_none(folder, found):
+    assert "prompt" not in found
+    told = found | {"prompt": {"tokens": 77, "sha256": "c0de" * 16}}
+    card = render_student_card(student_values(told, STUDENT_REPO, specialised_for=WORDS, remote_code=True))
+    assert (
+        rendered_again(card, told, remote_code=True) == unsealed(card) != rendered_again(card, found, remote_code=True)
+    )
 
 
 @pytest.mark.parametrize("words", ["[x](https://evil.example)", "<b>best</b>", "*all*", ""])

@@ -127,6 +127,7 @@ def _values(found: dict[str, Any], name: str, specialised_for: str | None, remot
         "seconds": found["training"]["seconds"],
         "versions": found["versions"],
         "languages": [],
+        "prompt": found.get("prompt"),
     }
 
 

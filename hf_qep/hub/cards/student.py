@@ -67,6 +67,14 @@ class StudentModel:
 
 
 @dataclass(frozen=True)
+class TeacherPrompt:
+    """A prompt that the teacher read before every item, and the student never did."""
+
+    tokens: Annotated[int, "tokens of the teacher"]
+    sha256: Annotated[str, "SHA-256 of its UTF-8 text, 64 digits"]
+
+
+@dataclass(frozen=True)
 class StudentFacts:
     """Everything a student's card states."""
 
@@ -90,12 +98,14 @@ class StudentFacts:
     versions: Annotated[dict[str, str], "package -> version"]
     languages: Annotated[tuple[str, ...], "codes of the languages of the transfer data"]
     remote_code: Annotated[bool, "whether it carries modeling_student.py, since no stock class can load it"] = False
+    prompt: Annotated[TeacherPrompt | None, "what the teacher read before every item; null: nothing"] = None
 
     @classmethod
     def from_dict(cls, values: Any) -> StudentFacts:
         """Validate and build.
 
-        Raises CardError for a missing, unknown or malformed field, sizes that are not positive, or without a task.
+        Raises CardError for a missing, unknown or malformed field, sizes that are not positive, a prompt without tokens
+        or digest, or without a task.
         """
         try:
             facts = schema.from_json(cls, values, "student")
@@ -108,6 +118,8 @@ class StudentFacts:
         sizes = [n for model in (facts.teacher, facts.start, facts.student) for n in (model.parameters, model.bytes)]
         if min(sizes) < 1:
             raise CardError("a model of no weights or no bytes cannot be compared; the facts of the student are wrong")
+        if (prompt := facts.prompt) and (prompt.tokens < 1 or not re.fullmatch("[0-9a-f]{64}", prompt.sha256)):
+            raise CardError(f"the teacher's prompt is no number of tokens with a SHA-256: {prompt}")
         return facts
 
 
@@ -186,12 +198,20 @@ def student_context(facts: StudentFacts) -> dict[str, Any]:
             [[_data_link(d.name), shown(d.examples), d.labels] for d in facts.transfer],
             numbers=(1,),
         ),
+        "prompt": _prompt(facts.prompt) if facts.prompt else "",
         "snippet": _snippet(facts),
         "command": block(facts.command, "bash") if facts.command else Markdown("The command was not recorded."),
         "seconds": shown(facts.seconds) + " s" if facts.seconds is not None else NOT_MEASURED,
         "versions": table(["package", "version"], [[code(n), v] for n, v in facts.versions.items()]),
         "decisions": list(dict.fromkeys([decide(teacher.licence).reason, decide(facts.start.licence).reason])),
     }
+
+
+def _prompt(prompt: TeacherPrompt) -> Markdown:
+    """That the teacher was told more than the student is."""
+    how = "The teacher read a prompt of {tokens} before every item (sha256 {digest}); the student reads none."
+    tokens = f"{prompt.tokens} token{'s' if prompt.tokens > 1 else ''}"
+    return words(how, tokens=tokens, digest=code(prompt.sha256))
 
 
 def _smaller(facts: StudentFacts) -> Markdown:
