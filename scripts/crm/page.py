@@ -41,9 +41,10 @@ COLUMNS = {
     "nll": "NLL",
     "latency_equal_ms": "ms, same prompt",
     "latency_real_ms": "ms, own prompt",
+    "many_ms": "ms, 32 at once",
     "prompt_tokens": "prompt tokens",
     "memory_mb": "memory (MB)",
-    "cost_per_million": "cost per million",
+    "cost_per_million": "core hours per million",
     "seeds": "seeds",
 }
 """Key of a row -> head of its column."""

@@ -97,6 +97,12 @@ def score(valid: np.ndarray, valid_yes: np.ndarray, test: np.ndarray, test_yes: 
     )
 
 
+def as_answered(test: np.ndarray, yes: np.ndarray) -> Scored:
+    """A method as it answers, without a look at validation rows: "yes" from a probability of one half on."""
+    probability = np.clip(np.asarray(test, dtype=float), LEAST, 1 - LEAST)
+    return Scored(probability, probability, np.asarray(yes, dtype=bool), 0.5, 0.5)
+
+
 def calibrated(valid: np.ndarray, valid_yes: np.ndarray, probability: np.ndarray) -> np.ndarray:
     """P(yes) (rows,) with the temperature and the bias that fit the validation rows best, float64."""
     found = fit_calibration(_log(valid), torch.from_numpy(np.asarray(valid_yes)).long())
