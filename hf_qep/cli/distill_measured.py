@@ -40,10 +40,15 @@ class Measured:
 
 
 def measured(
-    model: PreTrainedModel | PromptedTeacher, test: TaskData, said: Said | None, progress: Progress
+    model: PreTrainedModel | PromptedTeacher,
+    test: TaskData,
+    said: Said | None,
+    progress: Progress,
+    scores: Scores | None = None,
 ) -> Measured:
-    """A model on some rows. said: what the teacher said about them, None for the teacher itself."""
-    scores = score(model, test, SCORE_BATCH, progress=progress) if can_score(test) else None
+    """A model on some rows. said: what the teacher said about them, None for the teacher itself. scores: if known."""
+    if scores is None and can_score(test):
+        scores = score(model, test, SCORE_BATCH, progress=progress)
     away = 0.0 if said is None else distance(model, test, said, SCORE_BATCH)
     weights = bits_report(model)["model_weights"] if packed_modules(model) else model.num_parameters()
     return Measured(scores, away, weights)

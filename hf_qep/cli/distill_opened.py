@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hf_qep.cli.distill_job import ANALYSIS, SEARCH, SEEN, Job, default_loss, public_name
 from hf_qep.distill.checks import check_data
 from hf_qep.distill.losses import DistillLoss
-from hf_qep.distill.prompted import PromptedTeacher
+from hf_qep.distill.prompted import PromptedTeacher, prompt_tokens
 from hf_qep.distill.reading import Columns, read_task
 from hf_qep.distill.samples import CAUSAL_LM, DETECTION, EMBEDDING, IMAGE_CLASSES, TEXT_CLASSES, TaskData
 from hf_qep.distill.store import teacher_fingerprint
@@ -75,17 +75,14 @@ class Opened:
         """
         if self.job.prompt is None:
             return None
-        tokenizer = self._reader()
-        ids, bare = (tokenizer(self.job.prompt, add_special_tokens=adds)["input_ids"] for adds in (True, False))
-        if ids == bare and tokenizer.bos_token_id is not None:
-            ids = [tokenizer.bos_token_id, *ids]
+        ids = prompt_tokens(self._reader(), self.job.prompt)
         room = getattr(self.teacher.config, "max_position_embeddings", None)
         if room is not None and len(ids) + LEAST_ROW > room:
             raise ConfigError(
                 f"the prompt has {len(ids)} tokens, and the teacher has room for {room}, of which a row needs at least "
                 f"{LEAST_ROW}; shorten it"
             )
-        return torch.tensor(ids)
+        return ids
 
     @cached_property
     def asked(self) -> PreTrainedModel | PromptedTeacher:

@@ -31,6 +31,7 @@ from hf_qep.modules import packed_modules
 from hf_qep.progress import Progress
 from hf_qep.search.costs import Choice
 from hf_qep.search.proxies import default_rate
+from hf_qep.search.scoring import Scores, can_score, score_said
 
 ADAPTER_RATE = 2e-3
 """Adam's step for adapters, whose weights start near zero."""
@@ -151,10 +152,16 @@ class Lesson:
         """A model on the rows of the report, which nothing is chosen by: the teacher, with or without its prompt, or a
         student in the vocabulary of this one."""
         if model is self.opened.asked:
-            return measured(model, self.opened.test, None, self.progress)
+            return measured(model, self.opened.test, None, self.progress, self._own_scores())
         if model is self.opened.teacher:
             return measured(model, self.opened.test, self.said("test", kept=False), self.progress)
         return measured(model, self.parts["test"], self.said("test"), self.progress)
+
+    def _own_scores(self) -> Scores | None:
+        """The teacher's, from what it said about the rows, or None where it has to be asked again."""
+        said = self.said("test") if can_score(self.parts["test"]) else None
+        whole = self.tokens is None or self.parts["test"].answers is not None
+        return score_said(said, self.parts["test"]) if said is not None and said.index is None and whole else None
 
     def teach(self, student: Any, loss: DistillLoss, who: str) -> tuple[Any, TrainReport]:
         """The student after its training, by adapters that are merged afterwards if there are to be some.

@@ -16,6 +16,15 @@ from transformers import PreTrainedModel
 from hf_qep.errors import ConfigError
 
 
+def prompt_tokens(tokenizer: Any, text: str) -> Tensor:
+    """Tokens of a prompt, (tokens,) int64, as the tokenizer encodes a text; where that adds nothing, with the token
+    that begins a text in front, if there is one."""
+    ids, bare = (list(tokenizer(text, add_special_tokens=adds)["input_ids"]) for adds in (True, False))
+    if ids == bare and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
 class PromptedTeacher(nn.Module):
     """A causal language model behind a prompt.
 

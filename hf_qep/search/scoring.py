@@ -11,11 +11,14 @@ from transformers import PreTrainedModel
 
 from hf_qep.algorithms.ranks import area_under_curve
 from hf_qep.architectures.skeleton import forward_only
-from hf_qep.distill.said import forward_inputs
+from hf_qep.distill.said import Said, forward_inputs
 from hf_qep.distill.samples import DETECTION, EMBEDDING, IGNORED, TaskData
 from hf_qep.errors import ConfigError
 from hf_qep.progress import SILENT, Progress
 from hf_qep.search.answers import answer_labels_of, answer_logits_of
+
+SAID_BATCH = 1024
+"""Rows whose labels are looked up at once."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,25 @@ def score(model: PreTrainedModel, data: TaskData, batch_size: int = 32, *, progr
             if logits.shape[-1] == 2:
                 margins.append((logits[:, 1] - logits[:, 0]).cpu())
             bar.advance()
-    labels = torch.cat(known)
+    return _scores(torch.cat(nlls), torch.cat(rights), torch.cat(known), margins)
+
+
+def score_said(said: Said, data: TaskData) -> Scores:
+    """The same for what a teacher said about labelled rows, without asking it again.
+
+    said: with all classes. Raises ConfigError where only the likeliest ones were kept, and as `score` does.
+    """
+    if not can_score(data) or said.log_p is None or said.index is not None:
+        raise ConfigError(f"rows of {data.task} are scored by what was said about all classes, and labels")
+    labels = torch.cat([answer_labels_of(batch, data) for batch in data.batches(SAID_BATCH)])
+    log_p = said.log_p.float().log_softmax(-1)[labels != IGNORED]
+    labels = labels[labels != IGNORED]
+    margins = [log_p[:, 1] - log_p[:, 0]] if log_p.shape[-1] == 2 else []
+    return _scores(F.nll_loss(log_p, labels, reduction="none"), log_p.argmax(-1) == labels, labels, margins)
+
+
+def _scores(nll: Tensor, correct: Tensor, labels: Tensor, margins: list[Tensor]) -> Scores:
+    """margins: of the second class over the first, where there are two."""
     if not len(labels):
         raise ConfigError("no row has a label, so nothing can be scored")
     ones = int(labels.sum())
@@ -87,7 +108,7 @@ def score(model: PreTrainedModel, data: TaskData, batch_size: int = 32, *, progr
         auc = float(area_under_curve(torch.cat(margins).numpy(), labels.numpy()))
         error = auc_error(auc, ones, len(labels) - ones)
     most = labels.bincount().max().item() / len(labels)
-    return Scores(torch.cat(nlls), torch.cat(rights), auc, error, most)
+    return Scores(nll, correct, auc, error, most)
 
 
 def auc_error(auc: float, ones: int, zeros: int) -> float:

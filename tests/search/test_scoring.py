@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_qep.distill.said import take_said
 from hf_qep.distill.samples import IGNORED
 from hf_qep.errors import ConfigError
-from hf_qep.search.scoring import auc_error, can_score, score
+from hf_qep.search.scoring import auc_error, can_score, score, score_said
 from tests.distill.tasks import TASKS, language_model, questions, sentences, text_classifier, texts
 
 
@@ -71,3 +72,25 @@ def test_the_error_of_an_area_is_that_of_a_mean_at_most(auc, ones, zeros):
 def test_the_error_of_an_area_is_the_one_of_the_paper():
     """Hanley and McNeil 1982: an area of 0.893 of 58 normal and 51 abnormal cases has an error of about 0.032."""
     assert auc_error(0.893, 51, 58) == pytest.approx(0.032, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [(text_classifier(), sentences(24)), (language_model(), questions(24))],
+    ids=["classes", "answers"],
+)
+def test_what_was_said_scores_like_the_one_who_said_it(model, data):
+    """Up to the rounding of what is kept; a row without a label does not count."""
+    if data.answers is None:
+        data = replace(data, labels=data.labels.clone().index_fill(0, torch.tensor([3]), IGNORED))
+    asked, told = score(model, data), score_said(take_said(model, data), data)
+    torch.testing.assert_close(told.nll, asked.nll, atol=2e-3, rtol=2e-3)
+    assert (told.correct == asked.correct).float().mean() > 0.95
+    assert told.chance == asked.chance and told.nll.shape == asked.nll.shape
+    assert told.auc == pytest.approx(asked.auc, abs=0.02)
+
+
+def test_the_likeliest_classes_alone_score_nothing():
+    model, data = language_model(), texts(4)
+    with pytest.raises(ConfigError, match="all classes"):
+        score_said(take_said(model, data, k=5), data)
