@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from crm.measure import measure
-from crm.page import write_page
+from crm.page import RAW, write_page
 from crm.scores import Scored, as_answered, score, summary
 from crm.skill import skill
 from crm.specialist import ALONE, FEW_SHOT, METHODS, ONE_BIT, STUDENT, TUNED, Plan, Specialist
@@ -42,8 +42,6 @@ from hf_qep.progress import Progress
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "crm" / "README.md"
-RAW = f"{FEW_SHOT}, as it answers"
-"""The teacher without what validation labels could tell it: the answer with the higher probability."""
 PAIRS = [(STUDENT, FEW_SHOT), (STUDENT, RAW), (STUDENT, TUNED), (STUDENT, ALONE), (STUDENT, "gradient boosting")]
 PAIRS += [(ONE_BIT, STUDENT), (ONE_BIT, FEW_SHOT)]
 PAUSE = 1.0
