@@ -83,7 +83,7 @@ def test_a_table_shows_intervals_and_what_is_missing():
 def test_a_student_that_wins_is_said_to_win_in_points_and_relative():
     told = said(results())
     assert "In accuracy the student (80.0 %) is better than the few-shot teacher, calibrated" in told
-    assert "+10.0 points, 95 % interval +9.0 to +11.0; relative to the accuracy that is +14 %, to the errors -33 %" in told
+    assert "95 % interval +9.0 to +11.0; relative to the accuracy that is +14 %, to the errors -33 %" in told
     assert "1/108 of the parameters" in told and "1/32.5 of the time with the same prompt" in told
     assert "Gradient boosting on the raw columns loses to the student in accuracy (75.0 % against 80.0 %)" in told
     assert "should take it" not in told and "fine-tuned" not in told
