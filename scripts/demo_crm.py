@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from crm.measure import measure
+from crm.offer import offer
 from crm.page import RAW, write_page
 from crm.scores import Scored, as_answered, score, summary
 from crm.skill import skill
@@ -80,8 +81,8 @@ PRESETS = {
     "small": Preset(
         TeacherPlan(),
         {
-            BANK: Plan(Sizes(8_000, 2_000, None), _seeds(1, 3, 1, 1), tuned_rows=2_000, tuned_epochs=1, epochs=4),
-            WORLD: Plan(Sizes(8_000, 2_000, 3_000), _seeds(1, 3, 1, 1), tuned_rows=3_000, tuned_epochs=2, epochs=6),
+            BANK: Plan(Sizes(6_000, 2_000, None), _seeds(1, 3, 1, 3), tuned_rows=2_000, tuned_epochs=1, epochs=4),
+            WORLD: Plan(Sizes(8_000, 2_000, 3_000), _seeds(1, 3, 1, 3), tuned_rows=3_000, tuned_epochs=2, epochs=6),
             PIPELINE: Plan(Sizes(None, None, None), _CONTROL, trials=12, proxy_steps=30, climbers=3, epochs=3),
         },
         skill=60,
@@ -117,6 +118,8 @@ def run(preset: Preset, work: Path, data: Path, tasks: Sequence[str], workers: i
         "machine": _machine(workers) | {f"seconds for {part}": value for part, value in seconds.items()},
         "command": f"python scripts/{Path(__file__).name} {' '.join(sys.argv[1:])}".strip(),
     }
+    for job in jobs.values():
+        offer(job, work / "space")
     write_text_aside(work / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
@@ -137,10 +140,12 @@ def _run_task(preset: Preset, name: str, work: Path, data: Path) -> None:
 def _work(
     preset: Preset, jobs: dict[str, Specialist], work: Path, data: Path, workers: int, progress: Progress
 ) -> None:
-    """All tasks, `workers` at a time; the bar counts what methods have said."""
+    """All tasks, `workers` at a time; the bar counts what methods have said. Without workers, one after the other."""
     units = [path for job in jobs.values() for path in job.units()]
     missing = [path for path in units if not path.exists()]
-    if not missing:
+    if not missing or not workers:
+        for job in jobs.values() if missing else ():
+            job.run()
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool, progress.bar("methods", len(missing), "method") as bar:
@@ -201,7 +206,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for everything; one per preset")
     parser.add_argument("--data", type=Path, help="folder with crm/ and text/; what is missing is fetched or left out")
     parser.add_argument("--tasks", nargs="+", choices=[BANK, WORLD, PIPELINE], help="left out: all of the preset")
-    parser.add_argument("--workers", type=int, default=2, help="tasks at once, each on one thread")
+    parser.add_argument("--workers", type=int, default=2, help="tasks at once, each on one thread; 0: in this process")
     parser.add_argument("--page", action="store_true", help="write the measured part of scripts/crm/README.md")
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--json", action="store_true", help="print the results as JSON and nothing else")

@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_qep.cli.distill_job import ANALYSIS, Job
 from hf_qep.cli.distill_opened import Opened, open_new
+from hf_qep.distill.samples import TaskData
 from hf_qep.files import write_aside
 from hf_qep.progress import Progress
 from hf_qep.search.additions import Aim, score_additions
@@ -16,6 +19,8 @@ from hf_qep.search.scoring import can_score, score
 from hf_qep.students.spec import SUB_BLOCKS
 
 SHOWN_ADDITIONS, TO_NOTHING = 5, 1e6
+SEEN_ROWS = 1024
+"""Most rows that a teacher is run over, evenly spaced: what its units do is known from far fewer."""
 
 
 def analyze(
@@ -23,7 +28,7 @@ def analyze(
 ) -> dict[str, Any]:
     """Make the folder of a distillation and return what is to be shown. Nothing is left behind on an error."""
     opened = open_new(out, job)
-    found = analyse(opened.teacher, opened.train, batch_size=batch_size, seed=job.seed, progress=progress)
+    found = analyse(opened.teacher, _few(opened.train), batch_size=batch_size, seed=job.seed, progress=progress)
     places = []
     if additions:
         aim = Aim(opened.judge, seed=job.seed)
@@ -41,6 +46,12 @@ def analyze(
         "layers": layer_rows(found),
         "additions": [{"position": a.position, "source": a.source, "gain": a.gain} for a in places[:SHOWN_ADDITIONS]],
     }
+
+
+def _few(data: TaskData) -> TaskData:
+    if len(data) <= SEEN_ROWS:
+        return data
+    return data.rows(torch.linspace(0, len(data) - 1, SEEN_ROWS).round().long())
 
 
 def layer_rows(found: Analysis) -> list[dict[str, Any]]:
@@ -69,5 +80,5 @@ def _scores(opened: Opened, batch_size: int, progress: Progress) -> dict[str, An
     """How good the teacher is at the task, behind its prompt if it has one, on rows that nothing is chosen by."""
     if not can_score(opened.test):
         return {}
-    summary = score(opened.asked, opened.test, batch_size, progress=progress).summary()
+    summary = score(opened.asked, _few(opened.test), batch_size, progress=progress).summary()
     return {name: summary[name] for name in ("nll", "accuracy", "auc", "majority")}

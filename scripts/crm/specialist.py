@@ -34,7 +34,7 @@ from hf_qep.cli.distill_train import Lesson, Teaching, train
 from hf_qep.cli.job import quantize_and_save
 from hf_qep.distill.losses import DistillLoss
 from hf_qep.distill.reading import read_task
-from hf_qep.distill.said import take_said
+from hf_qep.distill.said import Said, take_said
 from hf_qep.distill.samples import CAUSAL_LM, TaskData
 from hf_qep.distill.student_trainer import train_student
 from hf_qep.engine.calibration import load_calibration
@@ -234,7 +234,10 @@ class Specialist:
     def _few_shot(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         text = (self.folder / "rows" / _prompt_name(seed)).read_text(encoding="utf-8")
         opened = replace(self.opened, job=replace(self.opened.job, prompt=text))
-        return self._says(opened.asked, self.valid), self._says(opened.asked, self.opened.test)
+        valid = self._says(opened.asked, self.valid)
+        if seed == 0:  # the prompt that students learn behind, so the folder of the distillation knows what it says
+            return valid, _yes(self.lesson.said("test"))
+        return valid, self._says(opened.asked, self.opened.test)
 
     def _tuned(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         plan = self.plan
@@ -283,8 +286,7 @@ class Specialist:
 
     def _says(self, model: Any, data: TaskData) -> np.ndarray:
         """P(yes) of every row, float64."""
-        said = take_said(model, data, batch_size=64, progress=self.progress)
-        return said.log_p.double().softmax(-1)[:, 1].numpy()
+        return _yes(take_said(model, data, batch_size=64, progress=self.progress))
 
     def _seeds(self, name: str) -> int:
         return self.plan.seeds.get(name, 1 if name in BASELINES else 0)
@@ -310,6 +312,11 @@ def quantize_student(source: Path, out: Path, lesson: Lesson) -> None:
         overwrite=True,
     )
     lesson.start.vocabulary.save(out)
+
+
+def _yes(said: Said) -> np.ndarray:
+    """P(yes) of every row, float64."""
+    return said.log_p.double().softmax(-1)[:, 1].numpy()
 
 
 def _prompt_name(number: int) -> str:

@@ -58,7 +58,7 @@ class TeacherPlan:
     tokens: int = 448
     batch: int = 8
     steps: int = 900
-    rates: tuple[float, float] = (0.02, 3e-3)
+    rates: tuple[float, float] = (5e-3, 1.5e-3)
     warmup: float = 0.04
     seed: int = 0
     keep: int = 50
