@@ -35,6 +35,15 @@ def parse_size(size: str | int) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
+def listed_models(text: str) -> list[tuple[str, str | None]]:
+    """(name, revision) of each in a list such as `acme/deals@0123abc, folder`; a revision is None if none is given."""
+    found = []
+    for entry in filter(None, map(str.strip, text.split(","))):
+        name, _, revision = (entry, "", "") if Path(entry).is_dir() else entry.partition("@")
+        found.append((name, revision or None))
+    return found
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

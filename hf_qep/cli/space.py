@@ -29,6 +29,10 @@ BaseOption = Annotated[
 OriginalOption = Annotated[
     str | None, typer.Option(help="live, recorded, off, or auto: live if it fits into memory. Left out: auto.")
 ]
+SpecialistOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Hub id (with @REVISION) or folder of a student with specialist.json; may be repeated."),
+]
 
 
 @app.command("init", cls=GuardedCommand)
@@ -39,6 +43,7 @@ def init_command(
     base: BaseOption = None,
     base_revision: Annotated[str | None, typer.Option(help="Commit of the original.")] = None,
     original: OriginalOption = None,
+    specialist: SpecialistOption = None,
     title: Annotated[str | None, typer.Option(help="Title of the Space.")] = None,
     hardware: Annotated[str | None, typer.Option(help="Hardware to suggest, such as l4x1.")] = None,
     requirement: Annotated[
@@ -53,7 +58,9 @@ def init_command(
     from hf_qep.hub.space_folder import SpaceReadme, SpaceSettings, write_space
 
     _check_original(original)
-    settings = SpaceSettings(model, revision or "", base or "", base_revision or "", original or "")
+    settings = SpaceSettings(
+        model, revision or "", base or "", base_revision or "", original or "", ",".join(specialist or ())
+    )
     names = write_space(folder, settings, SpaceReadme(title, hardware, requirement), overwrite=overwrite)
     if as_json:
         output.print_json({"folder": str(folder), "settings": settings.to_variables(), "files": names})
@@ -71,6 +78,7 @@ def run_command(
     ] = None,
     base: BaseOption = None,
     original: OriginalOption = None,
+    specialist: SpecialistOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Port. Left out: the first free one from 7860 on.")] = None,
     quiet: output.QuietOption = False,
@@ -80,7 +88,15 @@ def run_command(
     from hf_qep.cli.space_run import prepare, serve
 
     _check_original(original)
-    launch = prepare(target, base=base, original=original, host=host, port=port, quiet=quiet or as_json)
+    launch = prepare(
+        target,
+        base=base,
+        original=original,
+        specialists=specialist or (),
+        host=host,
+        port=port,
+        quiet=quiet or as_json,
+    )
     if as_json:
         output.print_json({"folder": str(launch.folder), "url": launch.url, "variables": launch.variables})
     elif not quiet:

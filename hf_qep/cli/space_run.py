@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,22 @@ class Launch:
 
 
 def prepare(
-    target: str | None, *, base: str | None, original: str | None, host: str, port: int | None, quiet: bool
+    target: str | None,
+    *,
+    base: str | None,
+    original: str | None,
+    host: str,
+    port: int | None,
+    quiet: bool,
+    specialists: Sequence[str] = (),
 ) -> Launch:
     """Find the page and what it compares; without a target quantise the bundled model into the cache.
 
     Raises ExtraMissingError without gradio, SpaceError if there is no free port.
     """
     require("space", "gradio")
-    variables = {"BASE_ID": base or "", "ORIGINAL": original or ""}
+    offered = ",".join(str(Path(one).resolve()) if Path(one).is_dir() else one for one in specialists)
+    variables = {"BASE_ID": base or "", "ORIGINAL": original or "", "SPECIALISTS": offered}
     folder = bundled("spaces") / "compare"
     if target is None:
         from hf_qep.cli.demo import DEMO_MODEL

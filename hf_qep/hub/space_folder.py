@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_qep.errors import SpaceError
-from hf_qep.files import bundled, write_aside
+from hf_qep.files import bundled, listed_models, write_aside
 
 SETTINGS_FILE = "settings.json"
 MAX_SHORT_DESCRIPTION = 60
@@ -38,6 +38,8 @@ class SpaceSettings:
     base_id: str = ""
     base_revision: str = ""
     original: str = ""
+    specialists: str = ""
+    """Hub ids, with a revision after @, or folders, divided by commas"""
 
     def to_variables(self) -> dict[str, str]:
         """Name -> value of what is set."""
@@ -62,7 +64,8 @@ def write_space(
     Raises SpaceError for a name that is neither a Hub id nor a folder, OutputExistsError if the folder is not empty.
     """
     readme = readme or SpaceReadme()
-    for name in (settings.model_id, settings.base_id):
+    offered = [name for name, _ in listed_models(settings.specialists)]
+    for name in (settings.model_id, settings.base_id, *offered):
         _check_model(name)
     source = bundled("spaces") / "compare"
     with write_aside(folder, overwrite=overwrite) as aside:
@@ -95,7 +98,8 @@ def _card(template: Path, settings: SpaceSettings, readme: SpaceReadme) -> str:
     from huggingface_hub import SpaceCard
 
     card = SpaceCard(template.read_text(encoding="utf-8"))
-    ids = [name for name in (settings.model_id, settings.base_id) if "/" in name and not Path(name).is_dir()]
+    offered = [name for name, _ in listed_models(settings.specialists)]
+    ids = [name for name in (settings.model_id, settings.base_id, *offered) if "/" in name and not Path(name).is_dir()]
     if ids:
         card.data.models = ids
     if readme.title:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_qep.errors import SpaceError
-from hf_qep.files import sha256
+from hf_qep.files import listed_models, sha256
 from hf_qep.hub import secrets
 from hf_qep.hub.preflight import LocalFile
 from hf_qep.hub.push_plan import differences
@@ -150,34 +150,45 @@ def _check_folder(plan: DeployPlan, remote: Remote) -> None:
 
 
 def _check_models(plan: DeployPlan, remote: Remote) -> None:
-    """Both models must be on the Hub; the commit that is there now is what the Space will show."""
+    """All models must be on the Hub; the commit that is there now is what the Space will show."""
     if not plan.variables.get("MODEL_ID"):
         plan.problems.append("settings.json sets no MODEL_ID; make the folder with: hf-qep space init DIR --model ID")
-    with_token = "HF_TOKEN" in plan.options.secrets or bool(plan.state and "HF_TOKEN" in plan.state.secrets)
     for name, revision in (("MODEL_ID", "MODEL_REVISION"), ("BASE_ID", "BASE_REVISION")):
         model = plan.variables.get(name)
-        if not model:
-            continue
-        if Path(model).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII):
-            plan.problems.append(f"{name} is a folder of this machine, which a Space cannot read; push it and name it")
-            continue
-        try:
-            state = remote.repo(model, plan.variables.get(revision))
-        except HubRefusal as error:
-            plan.warnings.append(f"{model} could not be looked at ({error}); the Space may not find it")
-            continue
-        if state is None:
-            plan.problems.append(f"{model} is not on the Hub for this token; push it first: hf-qep push")
-            continue
-        if state.head is None:
-            plan.problems.append(f"{model} has no revision {plan.variables[revision]!r}; correct {revision}")
-            continue
-        plan.variables[revision] = state.head
-        if (state.private or state.gated) and not with_token:
-            kind = "private" if state.private else "gated"
-            plan.warnings.append(f"{model} is {kind}: the Space needs a token, add --secret-from-env HF_TOKEN=NAME")
-        if (state.private or state.gated) and plan.public and with_token:
-            plan.warnings.append(f"{model} is not open to all, but everybody can use it through this public Space")
+        if model and (head := _head(plan, remote, model, plan.variables.get(revision), name, revision)):
+            plan.variables[revision] = head
+    offered = listed_models(plan.variables.get("SPECIALISTS", ""))
+    heads = [_head(plan, remote, model, revision, "SPECIALISTS", "SPECIALISTS") for model, revision in offered]
+    if offered:
+        pins = zip(offered, heads, strict=True)
+        entries = [(model, head or revision) for (model, revision), head in pins]
+        plan.variables["SPECIALISTS"] = ",".join(f"{model}@{pin}" if pin else model for model, pin in entries)
+
+
+def _head(plan: DeployPlan, remote: Remote, model: str, wanted: str | None, name: str, revision: str) -> str | None:
+    """The commit of a model; None where there is none to be had, with the reason in the plan. name, revision: variables
+    that hold the two."""
+    if Path(model).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII):
+        plan.problems.append(f"{name} is a folder of this machine, which a Space cannot read; push it and name it")
+        return None
+    try:
+        state = remote.repo(model, wanted)
+    except HubRefusal as error:
+        plan.warnings.append(f"{model} could not be looked at ({error}); the Space may not find it")
+        return None
+    if state is None:
+        plan.problems.append(f"{model} is not on the Hub for this token; push it first: hf-qep push")
+        return None
+    if state.head is None:
+        plan.problems.append(f"{model} has no revision {wanted!r}; correct {revision}")
+        return None
+    with_token = "HF_TOKEN" in plan.options.secrets or bool(plan.state and "HF_TOKEN" in plan.state.secrets)
+    if (state.private or state.gated) and not with_token:
+        kind = "private" if state.private else "gated"
+        plan.warnings.append(f"{model} is {kind}: the Space needs a token, add --secret-from-env HF_TOKEN=NAME")
+    if (state.private or state.gated) and plan.public and with_token:
+        plan.warnings.append(f"{model} is not open to all, but everybody can use it through this public Space")
+    return state.head
 
 
 def _check_secrets(plan: DeployPlan, remote: Remote) -> None:

@@ -27,6 +27,7 @@ from models import Models
 from page import ON_LOAD, STYLE, build, theme
 from prompts import Request
 from settings import SettingsError, read_settings
+from specialist_files import load_specialists
 from stops import Stops
 
 import hf_qep  # noqa: F401  (makes 1-bit checkpoints known to transformers)
@@ -54,7 +55,7 @@ def run(request: Request, ticket: int) -> Iterator[lanes.Lanes]:
     yield from lanes.compare(models, request, lambda: stops.is_stopped(ticket))
 
 
-page = build(models, stops, run)
+page = build(models, stops, run, load_specialists(settings))
 
 if __name__ == "__main__":
     page.launch(

@@ -281,7 +281,7 @@ def explain(error: BaseException, name: str) -> str:
             f"{name!r} is gated. Ask for access on its page, and set the secret HF_TOKEN to a token that may read it."
         )
     if any(isinstance(e, errors.RevisionNotFoundError) for e in chain):
-        return f"{name!r} has no such revision. Check MODEL_REVISION and BASE_REVISION."
+        return f"{name!r} has no such revision. Check MODEL_REVISION, BASE_REVISION and SPECIALISTS."
     if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain):
         return (
             f"{name!r} does not exist, or it is private. Check the name, or set the secret HF_TOKEN to a token that "

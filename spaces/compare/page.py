@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from lanes import Lanes
 from models import Models
 from prompts import MAX_SEED, MAX_TEMPERATURE, RefusedError, Request, has_chat_template, make_request
 from scores import scores
+from specialist_files import Offered
+from specialist_tab import specialists_tab
 from stops import Stops
 
 STYLE = Path(__file__).resolve().parent / "style.css"
@@ -29,6 +31,10 @@ ON_LOAD = """() => {
   };
   set("status", { role: "status", "aria-live": "polite" });
   set("delta", { role: "status", "aria-live": "polite" });
+  for (const part of document.querySelectorAll(".specialist-result")) {
+    part.setAttribute("role", "status");
+    part.setAttribute("aria-live", "polite");
+  }
   set("examples", { role: "group", "aria-label": "Examples" });
   const fold = document.querySelector("#settings > button");
   if (!fold) return;
@@ -84,8 +90,8 @@ def theme() -> gr.themes.Base:
     )
 
 
-def build(models: Models, stops: Stops, run: Run) -> gr.Blocks:
-    """The whole application."""
+def build(models: Models, stops: Stops, run: Run, specialists: Sequence[Offered] = ()) -> gr.Blocks:
+    """The whole application. specialists: of the settings, loaded."""
     desk = Desk(models, stops, run)
     with gr.Blocks(title=texts.TITLE, analytics_enabled=False) as page:
         gr.HTML(views.header(models), elem_id="header")
@@ -94,6 +100,8 @@ def build(models: Models, stops: Stops, run: Run) -> gr.Blocks:
                 _compare_tab(desk)
             with gr.Tab("Scores", id="scores", elem_id="tab-scores"):
                 gr.HTML(scores(models.record, models.scores_note or models.problem), elem_id="scores")
+            with gr.Tab("Specialists", id="specialists", elem_id="tab-specialists"):
+                specialists_tab(specialists, ONE_AT_A_TIME)
         gr.HTML(views.footer(models), elem_id="footer")
         if get_space():
             gr.DuplicateButton(texts.DUPLICATE, variant="secondary", elem_id="duplicate")

@@ -39,6 +39,8 @@ class Settings:
     """longer prompts lose their beginning"""
     max_chars: int = 8000
     """longer prompts are cut before they are tokenised"""
+    specialists: str = ""
+    """Hub ids, with a revision after @, or folders of specialists, divided by commas"""
     queue_size: int = 16
     """visitors who may wait"""
 

@@ -64,6 +64,20 @@ NOT_RECORDED_AT_ALL = "There are no recorded outputs with this model."
 OTHER_WEIGHTS = "The {what} of this model is of other weights than these, so it is not shown. Run: hf-qep eval"
 TURNED_OFF = "The original is switched off in this Space."
 NO_BASE = "The quantised model does not say what it was made from. Set the variable BASE_ID."
+NO_SPECIALISTS = (
+    "No specialist is set: give the variable SPECIALISTS the names of students on the Hub, or folders, that hold a "
+    "specialist.json, divided by commas."
+)
+SPECIALISTS = (
+    "A specialist is a small student that learned one task from a large teacher. Both answer the same item here; the "
+    "times are of one pass of each on the processor."
+)
+NO_TEACHER = "The teacher is not here, so the student answers alone."
+NO_ROOM_HERE = "It needs about {needed} of memory and {free} are free."
+READ_BEFORE = "The teacher reads its instructions and examples beforehand; that time is not counted."
+LONG_DEAL = "This is {tokens} tokens long, and the {who} has room for {room}. Shorten a text."
+EMPTY_DRAWING = "Nothing is drawn. Draw a glyph, or choose a drawing."
+DRAW_HINT = "Or choose the brush and draw one glyph above, as large as the field."
 PROMPT_HINT = "Shift+Enter starts both models."
 NO_CHAT_TEMPLATE = "This model has no chat template: it continues your text, and a system prompt is put before it."
 TRIMMED_CHARS = "The prompt was cut to its last {limit} characters."

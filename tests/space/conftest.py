@@ -112,7 +112,7 @@ def forwards(live_models) -> Iterator[list[int]]:
 
 
 @contextmanager
-def served(models: Any) -> Iterator[str]:
+def served(models: Any, specialists: Any = ()) -> Iterator[str]:
     """Address of a page that runs in a thread of this process."""
     pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[space]'")
     import lanes
@@ -124,7 +124,7 @@ def served(models: Any) -> Iterator[str]:
     def work(request: Any, ticket: int) -> Iterator[Any]:
         yield from lanes.compare(models, request, lambda: stops.is_stopped(ticket))
 
-    page = build(models, stops, work)
+    page = build(models, stops, work, specialists)
     looks = {"theme": theme(), "css_paths": STYLE, "js": ON_LOAD, "footer_links": ["api"], "ssr_mode": False}
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", share=False, **looks)
     try:

@@ -209,6 +209,40 @@ def test_private_models_need_a_secret_and_the_own_token_is_warned_of(hub, folder
     assert "only read is safer" in warned
 
 
+def test_specialists_are_looked_up_and_pinned_like_the_models(hub, tmp_path, remote):
+    from hf_qep.hub.space_folder import SpaceReadme
+
+    heads = {}
+    for name in ("acme/deals", "acme/glyphs"):
+        hub.add_repo(name, files={"specialist.json": b"{}"})
+        heads[name] = hub.repo(name).branches["main"]
+    settings = SpaceSettings("acme/tiny-1bit", specialists=f"acme/deals, acme/glyphs@{heads['acme/glyphs']}")
+    write_space(tmp_path / "space", settings, SpaceReadme(requirement="hf-qep==0.1.0"))
+    assert "acme/deals" in (tmp_path / "space" / "README.md").read_text()
+    plan = plan_deploy(tmp_path / "space", SPACE_ID, remote=remote)
+    assert plan.problems == []
+    assert plan.variables["SPECIALISTS"] == ",".join(f"{name}@{head}" for name, head in heads.items())
+
+
+@pytest.mark.parametrize(
+    ("specialists", "said"),
+    [
+        ("acme/gone", "acme/gone is not on the Hub"),
+        ("acme/tiny@no-such", "no revision 'no-such'; correct SPECIALISTS"),
+        ("mine", "SPECIALISTS is a folder of this machine"),
+    ],
+)
+def test_specialists_that_a_space_cannot_have_are_refused(hub, tmp_path, remote, monkeypatch, specialists, said):
+    from hf_qep.hub.space_folder import SpaceReadme
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    settings = SpaceSettings("acme/tiny-1bit", specialists=specialists)
+    write_space(tmp_path / "space", settings, SpaceReadme(requirement="hf-qep==0.1.0"))
+    plan = plan_deploy(tmp_path / "space", SPACE_ID, remote=remote)
+    assert [problem for problem in plan.problems if said in problem]
+
+
 def test_the_command_line(hub, folder, monkeypatch):
     monkeypatch.setattr("hf_qep.hub.space.POLL_S", 0.01)
     monkeypatch.setenv("READ_TOKEN", hub.read_token)

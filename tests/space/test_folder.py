@@ -114,6 +114,10 @@ def test_init_by_the_command_line(tmp_path):
         run("space", "init", tmp_path / "x", "--model", "a/b", "--original", "maybe")
     )
     assert "OWNER/NAME" in refusal(run("space", "init", tmp_path / "x", "--model", "a b/c"))
+    words = ("--model", "a/b", "--specialist", "acme/deals@abc", "--specialist", "acme/glyphs")
+    done = run("space", "init", tmp_path / "y", *words, "--json")
+    assert json.loads(done.stdout)["settings"]["SPECIALISTS"] == "acme/deals@abc,acme/glyphs"
+    assert "OWNER/NAME" in refusal(run("space", "init", tmp_path / "x", "--model", "a/b", "--specialist", "a b/c"))
 
 
 def test_run_finds_what_it_is_given(folder, pair, monkeypatch):
@@ -124,6 +128,8 @@ def test_run_finds_what_it_is_given(folder, pair, monkeypatch):
     assert launch.variables == {"MODEL_ID": str(pair[1].resolve()), "BASE_ID": str(pair[0].resolve())}
     assert prepare("acme/tiny-1bit", **options).variables == {"MODEL_ID": "acme/tiny-1bit"}
     assert launch.url == "http://127.0.0.1:7999"
+    tried = prepare("acme/tiny-1bit", **options, specialists=[str(pair[0]), "acme/deals@abc"])
+    assert tried.variables["SPECIALISTS"] == f"{pair[0].resolve()},acme/deals@abc"
     with pytest.raises(QepError, match="--host"):
         prepare(str(folder), **options | {"port": None, "host": "256.1.1.1"})
 
