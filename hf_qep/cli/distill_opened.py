@@ -168,9 +168,9 @@ class Opened:
         """The analysis of the folder."""
         return Analysis.load(self.folder / ANALYSIS, self.shape)
 
-    def context(self, loss: DistillLoss | None = None, **options: Any) -> ProxyContext:
-        """What proxies share. options: further fields of ProxyContext."""
-        fit, judge = (part.rows(slice(0, most)) for part, most in ((self.train, FIT_ROWS), (self.judge, JUDGE_ROWS)))
+    def context(self, loss: DistillLoss | None = None, *, judge_rows: int = JUDGE_ROWS, **options: Any) -> ProxyContext:
+        """What proxies share. judge_rows: most rows that candidates are judged by. options: further fields."""
+        fit, judge = (part.rows(slice(0, most)) for part, most in ((self.train, FIT_ROWS), (self.judge, judge_rows)))
         return ProxyContext(
             self.teacher, self.analysis(), fit, judge, loss=loss or default_loss(self.job.task), **options
         )

@@ -58,9 +58,9 @@ LABELS = DistillLoss(alpha=1.0)
 @dataclass(frozen=True)
 class Plan:
     """How much is done. seeds: of each method, by name; 0 leaves it out. tuned_rows, tuned_epochs: of the teacher.
-    widths: of the student's residual stream. trials, proxy_steps, climbers: of the search. epochs, rate, batch: of the
-    student. alpha: share of the labels in what it learns. bits_epochs: of the 1-bit student. room: tokens of prompt and
-    row together. share: how many times fewer parameters than the teacher a student has."""
+    widths: of the student's residual stream. judge_rows, trials, proxy_steps, climbers: of the search. epochs, rate,
+    batch: of the student. alpha: share of the labels in what it learns. bits_epochs: of the 1-bit student. room: tokens
+    of prompt and row together. share: how many times fewer parameters than the teacher a student has."""
 
     sizes: Sizes
     seeds: dict[str, int]
@@ -68,8 +68,9 @@ class Plan:
     tuned_epochs: float = 2.0
     tuned_rate: float = 3e-4
     widths: tuple[int, ...] = (32, 48, 64)
-    ffn: tuple[int, ...] = (32, 64, 96, 128, 192)
-    trials: int = 32
+    ffn: tuple[int, ...] = (64, 128)
+    judge_rows: int = 384
+    trials: int = 24
     proxy_steps: int = 90
     climbers: int = 9
     epochs: float = 6.0
@@ -199,9 +200,9 @@ class Specialist:
         return Wishes(
             limits={"parameters": self.opened.teacher.num_parameters() // plan.share},
             workload={"batch": 1, "sequence": longest, "threads": 1},
-            space={"hidden_sizes": plan.widths, "kv_heads": (1,), "q_per_kv": (1, 2), "ffn": plan.ffn},
+            space={"hidden_sizes": plan.widths, "kv_heads": (1,), "q_per_kv": (1,), "ffn": plan.ffn},
             options={"trials": plan.trials, "sampler": "nsga2", "seed": 0},
-            proxy={"batch_size": 32, "seed": 0},
+            proxy={"batch_size": 32, "seed": 0, "judge_rows": plan.judge_rows},
             proxy_steps=plan.proxy_steps,
             climbers=plan.climbers,
             trim_vocabulary=True,
