@@ -70,8 +70,8 @@ PRESETS = {
         TeacherPlan(512, 64, 128, 2, 2, 1, 1024, 256, 4, 12, tokenizer_worlds=60),
         {
             WORLD: Plan(
-                Sizes(240, 120, 160), _seeds(1, 1, 1, 1), tuned_rows=96, widths=(16, 32), ffn=(32,), trials=3,
-                proxy_steps=4, climbers=2, epochs=1, bits_epochs=1, room=256, share=3,
+                Sizes(240, 120, 160), _seeds(1, 1, 1, 1), tuned_rows=96, widths=(16, 32), ffn=(32,), least_layers=1,
+                trials=3, proxy_steps=4, climbers=2, epochs=1, bits_epochs=1, room=256, share=3,
             )
         },
         skill=3,

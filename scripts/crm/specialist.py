@@ -58,7 +58,8 @@ LABELS = DistillLoss(alpha=1.0)
 @dataclass(frozen=True)
 class Plan:
     """How much is done. seeds: of each method, by name; 0 leaves it out. tuned_rows, tuned_epochs: of the teacher.
-    widths: of the student's residual stream. judge_rows, trials, proxy_steps, climbers: of the search. epochs, rate,
+    widths: of the student's residual stream. least_layers: below two nothing can weigh one column by another, which
+    short distillations do not miss. judge_rows, trials, proxy_steps, climbers: of the search. epochs, rate,
     batch: of the student. alpha: share of the labels in what it learns. bits_epochs: of the 1-bit student. room: tokens
     of prompt and row together. share: how many times fewer parameters than the teacher a student has."""
 
@@ -67,11 +68,12 @@ class Plan:
     tuned_rows: int = 4_000
     tuned_epochs: float = 2.0
     tuned_rate: float = 3e-4
-    widths: tuple[int, ...] = (32, 48, 64)
-    ffn: tuple[int, ...] = (64, 128)
+    widths: tuple[int, ...] = (32, 48)
+    ffn: tuple[int, ...] = (64, 128, 192)
+    least_layers: int = 2
     judge_rows: int = 384
     trials: int = 24
-    proxy_steps: int = 90
+    proxy_steps: int = 180
     climbers: int = 9
     epochs: float = 6.0
     rate: float = 4e-3
@@ -200,7 +202,14 @@ class Specialist:
         return Wishes(
             limits={"parameters": self.opened.teacher.num_parameters() // plan.share},
             workload={"batch": 1, "sequence": longest, "threads": 1},
-            space={"hidden_sizes": plan.widths, "kv_heads": (1,), "q_per_kv": (1,), "ffn": plan.ffn},
+            space={
+                "hidden_sizes": plan.widths,
+                "kv_heads": (1,),
+                "q_per_kv": (1,),
+                "ffn": plan.ffn,
+                "min_layers": plan.least_layers,
+                "skip": False,
+            },
             options={"trials": plan.trials, "sampler": "nsga2", "seed": 0},
             proxy={"batch_size": 32, "seed": 0, "judge_rows": plan.judge_rows},
             proxy_steps=plan.proxy_steps,
