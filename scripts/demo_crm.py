@@ -71,7 +71,7 @@ PRESETS = {
         {
             WORLD: Plan(
                 Sizes(240, 120, 160), _seeds(1, 1, 1, 1), tuned_rows=96, widths=(16, 32), ffn=(32,), least_layers=1,
-                trials=3, proxy_steps=4, climbers=2, epochs=1, bits_epochs=1, room=256, share=3,
+                trials=3, proxy_steps=4, climbers=2, epochs=1, bits_epochs=1, room=256, share=3, alphas=(0.5,),
             )
         },
         skill=3,
@@ -81,7 +81,7 @@ PRESETS = {
     "small": Preset(
         TeacherPlan(),
         {
-            BANK: Plan(Sizes(6_000, 2_000, None), _seeds(1, 3, 1, 3), tuned_rows=2_000, tuned_epochs=1, epochs=4),
+            BANK: Plan(Sizes(12_000, 2_000, None), _seeds(1, 3, 1, 3), tuned_rows=3_000, tuned_epochs=1, epochs=3),
             WORLD: Plan(Sizes(8_000, 2_000, 3_000), _seeds(1, 3, 1, 3), tuned_rows=3_000, tuned_epochs=2, epochs=6),
             PIPELINE: Plan(Sizes(None, None, None), _CONTROL, trials=12, proxy_steps=30, climbers=3, epochs=3),
         },

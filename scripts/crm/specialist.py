@@ -25,6 +25,7 @@ from crm.tabular import BASELINES, Table
 from crm.tasks import Sizes, examples, write_rows
 
 from hf_qep import QepConfig
+from hf_qep.algorithms.ranks import area_under_curve
 from hf_qep.cli.distill_analyze import analyze
 from hf_qep.cli.distill_job import Job
 from hf_qep.cli.distill_opened import Opened, open_job
@@ -60,7 +61,8 @@ class Plan:
     """How much is done. seeds: of each method, by name; 0 leaves it out. tuned_rows, tuned_epochs: of the teacher.
     widths: of the student's residual stream. least_layers: below two nothing can weigh one column by another, which
     short distillations do not miss. judge_rows, trials, proxy_steps, climbers: of the search. epochs, rate,
-    batch: of the student. alpha: share of the labels in what it learns. bits_epochs: of the 1-bit student. room: tokens
+    batch: of the student. alphas: shares of the labels in what it learns, of which the area under the curve on the
+    validation rows chooses. bits_epochs: of the 1-bit student. room: tokens
     of prompt and row together. share: how many times fewer parameters than the teacher a student has."""
 
     sizes: Sizes
@@ -78,7 +80,7 @@ class Plan:
     epochs: float = 6.0
     rate: float = 4e-3
     batch: int = 64
-    alpha: float = 0.5
+    alphas: tuple[float, ...] = (0.2, 0.5, 0.8)
     bits_epochs: float = 3.0
     room: int = 448
     share: int = 100
@@ -184,7 +186,27 @@ class Specialist:
         if not (self.folder / "work" / "search" / "result.json").exists():
             search(self.opened, self._wishes(), self.progress)
         start = begin(self.opened, self.opened.chosen("accurate", None))
-        return self._lesson(start, 0)
+        return Lesson(self.opened, start, self._teaching(0, alpha=1.0), self.progress)
+
+    @cached_property
+    def alpha(self) -> float:
+        """The share of the labels that the first student is best with."""
+        path = self.folder / "alpha.json"
+        if not path.exists():
+            areas = {alpha: self._area(alpha) for alpha in self.plan.alphas}
+            chosen = max(areas, key=areas.__getitem__)
+            write_text_aside(path, json.dumps({"alpha": chosen, "validation AUC": areas}) + "\n")
+        return json.loads(path.read_text(encoding="utf-8"))["alpha"]
+
+    def _area(self, alpha: float) -> float:
+        if len(self.plan.alphas) == 1:
+            return float("nan")
+        start = copy.deepcopy(self.lesson.start)
+        lesson = Lesson(self.opened, start, self._teaching(0, alpha=alpha), self.progress)
+        student, _ = lesson.teach(start.student, replace(DistillLoss(), alpha=alpha), f"alpha-{alpha:g}")
+        lesson.forget()
+        said = self._says(student, start.rows(self.valid))
+        return area_under_curve(said, self.table.valid.yes)
 
     def _job(self) -> Job:
         rows = self.folder / "rows"
@@ -221,7 +243,7 @@ class Specialist:
     def _lesson(self, start: Any, seed: int, epochs: float | None = None) -> Lesson:
         return Lesson(self.opened, start, self._teaching(seed, epochs), self.progress)
 
-    def _teaching(self, seed: int, epochs: float | None = None) -> Teaching:
+    def _teaching(self, seed: int, epochs: float | None = None, alpha: float | None = None) -> Teaching:
         plan = self.plan
         schedule = {
             "epochs": epochs or plan.epochs,
@@ -230,7 +252,7 @@ class Specialist:
             "accumulate": 1,
             "seed": seed,
         }
-        return Teaching({"alpha": plan.alpha}, schedule, resume=True)
+        return Teaching({"alpha": self.alpha if alpha is None else alpha}, schedule, resume=True)
 
     def _baseline(self, name: str, seed: int) -> None:
         def make() -> tuple[np.ndarray, np.ndarray]:
@@ -252,7 +274,7 @@ class Specialist:
     def _tuned(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         plan = self.plan
         teacher = copy.deepcopy(self.opened.teacher)
-        rows = self.opened.train.rows(slice(-plan.tuned_rows, None))
+        rows = self.opened.train.rows(slice(0, None, max(1, len(self.opened.train) // plan.tuned_rows)))
         train_student(
             teacher,
             rows,

@@ -40,16 +40,16 @@ class Sizes:
 
 
 def table_of(name: str, data: Path, sizes: Sizes, cache: Path) -> Table:
-    """A task by name: `bank`, `pipeline` or `world`. Of the training rows the last ones stay, of others the first."""
+    """A task by name: `bank`, `pipeline` or `world`. Of too many rows those stay that are evenly spaced in time."""
     if name == WORLD:
         return world_table(sizes)
     table = load_bank(data, cache) if name == BANK else load_pipeline(data)
     return Table(
         table.name,
         table.question,
-        _cut(table.train, slice(-sizes.train if sizes.train else None, None)),
-        _cut(table.valid, slice(-sizes.valid if sizes.valid else None, None)),
-        _cut(table.test, slice(sizes.test)),
+        _cut(table.train, sizes.train),
+        _cut(table.valid, sizes.valid),
+        _cut(table.test, sizes.test),
         table.numbers,
         table.notes,
         table.text,
@@ -80,8 +80,11 @@ def general_text(data: Path) -> list[str]:
     return [(files("hf_qep") / "demo_text" / "held_out.txt").read_text(encoding="utf-8")]
 
 
-def _cut(part: Part, which: slice) -> Part:
-    return Part(part.rows[which], part.yes[which])
+def _cut(part: Part, most: int | None) -> Part:
+    if most is None or most >= len(part):
+        return part
+    places = np.linspace(0, len(part) - 1, most).round().astype(int)
+    return Part(tuple(part.rows[n] for n in places), part.yes[places])
 
 
 def write_rows(path: Path, records: RecordText, part: Part) -> None:
