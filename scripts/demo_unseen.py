@@ -26,6 +26,8 @@ from unseen import show
 from unseen.detection import PART as DETECTION
 from unseen.detection import detect
 from unseen.fetch import fetch_omniglot, fetch_photos
+from unseen.material import load_material
+from unseen.offer import offer
 from unseen.outcome import summary
 from unseen.pipeline import Job, run_task
 from unseen.presets import PRESETS, Preset
@@ -71,6 +73,8 @@ def run_part(
     results = run_task(job, workers=arguments.workers, progress=progress)
     results["summary"] = summary(results)
     show.draw(results, results["summary"], arguments.work / f"{part}.svg")
+    if part == TASKS[0]:
+        offer(load_material(preset, data).runs, job.folder, arguments.work / "space")
     return results, show.table(results, results["summary"])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_qep.distill.samples import DETECTION, TaskData
@@ -107,3 +108,18 @@ def _checked(number: int, box: Sequence[float], size: tuple[int, int]) -> bool:
     if not all(end <= OVERHANG for end in ends):
         raise ConfigError(f"the box {box} of row {number} lies outside of its image of {size[0]} x {size[1]} pixels")
     return True
+
+
+def centred(images: Tensor) -> Tensor:
+    """Drawings (rows, 1, side, side) float32 moved so that the middle of their ink is the middle of the image.
+
+    An image without ink stays as it is. Where on a sheet a character stands says nothing about which one it is.
+    """
+    side = images.shape[-1]
+    ink = images.sum((1, 2, 3)).clamp_min(1e-6)
+    axis = (torch.arange(side, device=images.device) + 0.5) / side * 2 - 1
+    moves = torch.zeros(len(images), 2, 3, device=images.device)
+    moves[:, 0, 0] = moves[:, 1, 1] = 1
+    moves[:, 0, 2] = (images.sum((1, 2)) * axis).sum(-1) / ink
+    moves[:, 1, 2] = (images.sum((1, 3)) * axis).sum(-1) / ink
+    return F.grid_sample(images, F.affine_grid(moves, list(images.shape), align_corners=False), align_corners=False)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_qep.distill.pictures import centred
 from hf_qep.progress import SILENT, Progress
 from unseen import detect as detector
 from unseen import strokes
@@ -15,7 +16,6 @@ from unseen.lessons import Lesson
 from unseen.material import load_material
 from unseen.pipeline import LESSONS, Job, kept_teacher
 from unseen.vit import embed
-from unseen.warps import centred
 
 PART = "detection"
 OTHERS = 1000

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_qep.distill.pictures import centred
 from unseen import strokes
 from unseen.glyphs import Glyphs
 from unseen.vit import embed
-from unseen.warps import VARIANTS, centred, distorted, turned
+from unseen.warps import VARIANTS, distorted, turned
 
 VIEWS = 4
 """Drawings that a prototype of an invented character is the mean of."""

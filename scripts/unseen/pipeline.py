@@ -183,7 +183,9 @@ def _lesson_path(job: Job, seed: int) -> Path:
 def _note_preparation(folder: Path, model: Any) -> None:
     config = model.config
     note = {"side": config.image_size, "channels": config.num_channels, "embedding": "pooler_output, by cosine"}
-    note |= {"ink": 1.0, "ground": 0.0, "centred": "unseen.warps.centred"} if config.num_channels == 1 else {}
+    note |= (
+        {"ink": 1.0, "ground": 0.0, "centred": "hf_qep.distill.pictures.centred"} if config.num_channels == 1 else {}
+    )
     write_text_aside(folder / PREPARATION, json.dumps(note, indent=2) + "\n")
 
 

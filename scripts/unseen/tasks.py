@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from hf_qep.distill.pictures import centred
 from hf_qep.progress import Progress
 from unseen import photos
 from unseen.episodes import episodes, official
@@ -16,7 +17,6 @@ from unseen.material import Material, load_material
 from unseen.presets import Preset, SearchSizes, StudentPlan
 from unseen.teacher import train_teacher
 from unseen.vit import embed
-from unseen.warps import centred
 
 
 class Task(Protocol):

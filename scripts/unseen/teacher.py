@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViTModel
 
+from hf_qep.distill.pictures import centred
 from hf_qep.progress import SILENT, Progress
 from unseen import strokes, vit
 from unseen.glyphs import Glyphs
 from unseen.optimizers import Both
 from unseen.presets import Preset, TeacherPlan
-from unseen.warps import VARIANTS, centred, distorted, turned
+from unseen.warps import VARIANTS, distorted, turned
 
 STATE = "teacher.partial.pt"
 KEEP_EVERY = 100

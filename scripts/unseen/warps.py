@@ -13,22 +13,6 @@ _GRID = 4
 """Points of a side of the coarse field that bends a drawing."""
 
 
-def centred(images: Tensor) -> Tensor:
-    """Drawings (rows, 1, side, side) float32 moved so that the middle of their ink is the middle of the image.
-
-    An image without ink stays as it is. All models here see drawings like this: where on a sheet a character stands
-    says nothing about which one it is.
-    """
-    side = images.shape[-1]
-    ink = images.sum((1, 2, 3)).clamp_min(1e-6)
-    axis = (torch.arange(side, device=images.device) + 0.5) / side * 2 - 1
-    moves = torch.zeros(len(images), 2, 3, device=images.device)
-    moves[:, 0, 0] = moves[:, 1, 1] = 1
-    moves[:, 0, 2] = (images.sum((1, 2)) * axis).sum(-1) / ink
-    moves[:, 1, 2] = (images.sum((1, 3)) * axis).sum(-1) / ink
-    return F.grid_sample(images, F.affine_grid(moves, list(images.shape), align_corners=False), align_corners=False)
-
-
 @dataclass(frozen=True)
 class Amount:
     """How much drawings are varied: turn in radians, shear, log of the scale, bend as a share of half a side."""

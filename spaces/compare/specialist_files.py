@@ -11,9 +11,10 @@ The folder of a specialist is a student of hf_qep with its tokenizer, and beside
 or, of a student that embeds images:
 
     specialist.json       {"kind": "glyphs", "image_size": S, "names": [n names], "teacher": ...,
-                          "support": "support.safetensors"}
+                          "support": "support.safetensors", "centred": true}
     support.safetensors   `images`, (n, S, S) in [0, 1] with ink 1; drawings to try, if any, as `queries`, (m, S, S)
 
+With `centred` a visitor's drawing is moved so that its ink is in the middle, as all the models' drawings were.
 `teacher` is a Hub id, pinned by `teacher_revision`, or of a folder here the name of one beside it. Both models run on
 the processor in float32, and no code of theirs is run: the classes of students come with hf_qep.
 """
@@ -134,7 +135,7 @@ def _glyphs(folder: Path, facts: Mapping[str, Any], parties: tuple[Party, ...], 
     if queries.ndim != 3 or queries.shape[1:] != images.shape[1:] or not len(queries):
         raise CheckpointError(f"`queries` must be of (m, {side}, {side}), not {tuple(queries.shape)}")
     images, queries = (part.float().clamp(0, 1) for part in (images, queries))
-    return Glyphs(parties, note, tuple(map(str, names)), images, queries)
+    return Glyphs(parties, note, tuple(map(str, names)), images, queries, facts.get("centred") is True)
 
 
 def _party(who: str, name: str, folder: Path, kind: str) -> Party:

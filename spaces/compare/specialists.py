@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_qep.distill.pictures import centred
 from hf_qep.distill.reading import answer_tokens
 from hf_qep.distill.records import RecordText
 from hf_qep.distill.said import embedding_of
@@ -100,7 +101,7 @@ class Glyphs:
     """Glyphs of which a drawing is one.
 
     parties, note: as of `Deals`. names: of the glyphs. images: (n, S, S) float32 in [0, 1], ink 1. queries: drawings to
-    try, (m, S, S).
+    try, (m, S, S). centres: whether the models know only drawings whose ink is in the middle.
     """
 
     parties: tuple[Party, ...]
@@ -108,6 +109,7 @@ class Glyphs:
     names: tuple[str, ...]
     images: Tensor
     queries: Tensor
+    centres: bool = False
 
     def ask(self, drawing: Tensor) -> list[Opinion]:
         """The nearest glyphs by cosine. drawing: (height, width) float32 in [0, 1], ink 1.
@@ -117,6 +119,8 @@ class Glyphs:
         if not float(drawing.max()) > 0:
             raise RefusedItemError(texts.EMPTY_DRAWING)
         image = fitted(drawing, self.images.shape[-1])
+        if self.centres:
+            image = centred(image[None, None])[0, 0]
         with torch.inference_mode():
             return [self._opinion(party, image) for party in self.parties]
 

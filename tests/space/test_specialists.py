@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,19 @@ def test_a_glyph_finds_itself(glyphs):
             assert opinion.chances[0][0] == number and opinion.chances[0][1] == pytest.approx(1, abs=1e-4)
             cosines = [cosine for _, cosine in opinion.chances]
             assert len(cosines) == 3 and cosines == sorted(cosines, reverse=True)
+
+
+def test_where_a_glyph_is_drawn_says_nothing_to_models_that_know_only_the_middle(glyphs):
+    drawing = torch.zeros(SIDE, SIDE)
+    drawing[1:5, 1:4] = 1
+    drawing[2, 4] = 1
+    moved = drawing.roll((4, 5), (0, 1))
+    told = replace(glyphs, centres=True)
+    here, there = ([o.chances for o in told.ask(one)] for one in (drawing, moved))
+    for one, other in zip(here, there, strict=True):
+        assert [n for n, _ in one] == [n for n, _ in other]
+        assert [c for _, c in one] == pytest.approx([c for _, c in other], abs=1e-3)
+    assert [o.chances for o in glyphs.ask(drawing)] != [o.chances for o in glyphs.ask(moved)]
 
 
 def test_the_board_gives_ink_and_the_page_shows_glyphs(glyphs):

@@ -7,10 +7,11 @@ import json
 import demo_unseen
 import pytest
 import torch
+from safetensors.torch import load_file
 from unseen import pipeline
 from unseen.vit import embed
-from unseen.warps import centred
 
+from hf_qep.distill.pictures import centred
 from hf_qep.errors import ConfigError
 from hf_qep.students.saving import load_student
 
@@ -44,6 +45,14 @@ def test_teacher_and_student_load_and_place_a_drawing(work):
         folder = work / "omniglot" / name
         assert embed(load_student(folder), image).shape == (1, 32)
         assert json.loads((folder / "preparation.json").read_text())["side"] == 28
+
+
+def test_a_space_can_show_both(work):
+    folder = work / "space" / "glyphs"
+    facts, pictures = json.loads((folder / "specialist.json").read_text()), load_file(folder / "support.safetensors")
+    assert pictures["images"].shape == (len(facts["names"]), facts["image_size"], facts["image_size"])
+    assert pictures["queries"].min() >= 0 and pictures["queries"].max() <= 1 and facts["centred"]
+    assert (folder.parent / facts["teacher"] / "config.json").exists() and load_student(folder)
 
 
 def test_nothing_is_done_twice(work, monkeypatch):

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unseen import strokes
 from unseen.material import Material, check_apart, invented_material, joined
-from unseen.warps import VARIANTS, centred, distorted, turned
+from unseen.warps import VARIANTS, distorted, turned
 
+from hf_qep.distill.pictures import centred
 from hf_qep.errors import ConfigError
 
 
