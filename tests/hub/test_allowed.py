@@ -35,6 +35,9 @@ def test_everything_that_quantise_eval_and_card_write_is_on_the_list(finished):
         (LOADER, "loader"),
         ("plots/bits_per_layer.png", "plot"),
         (".eval_results/gsm8k.yaml", "result"),
+        ("specialist.json", "specialist"),
+        ("teacher_prompt.txt", "specialist"),
+        ("support.safetensors", "specialist"),
     ],
 )
 def test_names_of_a_checkpoint_have_a_kind(name, kind):
@@ -88,8 +91,8 @@ def test_any_other_name_has_none(name):
 
 
 def test_what_is_made_later_is_a_part_of_the_kinds():
-    kinds = {kind_of(name) for name in ("README.md", "hf_qep_eval.json", "LICENSE", "p.png", ".eval_results/a.yml")}
-    assert kinds | {"manifest"} == MADE_LATER
+    names = ("README.md", "hf_qep_eval.json", "LICENSE", "p.png", ".eval_results/a.yml", "records.json")
+    assert {kind_of(name) for name in names} | {"manifest"} == MADE_LATER
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "deep/er/notes.txt", ".env", "evil.py", "config.json/config.json"])

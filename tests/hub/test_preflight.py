@@ -207,6 +207,7 @@ def put(folder, kind: str, text: str) -> str:
     json_of = {"config": "generation_config.json", "tokenizer": "tokenizer_config.json", "vocabulary": "tokenizer.json"}
     json_of |= {"manifest": MANIFEST, "record": RECORD, "index": INDEX_FILE}
     other = {"card": "README.md", "licence": "LICENSE", "plot": "bits.png", "result": ".eval_results/gsm8k.yaml"}
+    other |= {"specialist": "teacher_prompt.txt"}
     name = (json_of | other | {"weights": SINGLE_FILE, "loader": LOADER})[kind]
     path = folder / name
     path.parent.mkdir(exist_ok=True)
