@@ -31,8 +31,8 @@ def test_codes_are_in_range_and_the_error_is_below_that_of_plain_rounding(bits, 
     assert codes.dtype == torch.int8 and codes.shape == weight.shape
     assert codes.min().item() >= -(2 ** (bits - 1)) and codes.max().item() < 2 ** (bits - 1)
     assert scales.shape == (rows, 32 // (group or 32)) and torch.equal(scales, scales.half().float())
-    # The slack is float16's: scales are rounded to 11 bits, those of very small weights to fewer. At 8 bits the outermost
-    # code is 127 steps away, where half of the last of 11 bits is 0.06 of a step.
+    # The slack is float16's: scales are rounded to 11 bits, those of very small weights to fewer. The outermost code of
+    # 8 bits is 127 steps away, where half of the last of 11 bits is 0.06 of a step.
     error = (weight - dense(codes, scales)).square().sum().item()
     assert error <= 1.05 * plain_error(weight, bits, group or 32) + 1e-9
 
