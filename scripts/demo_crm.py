@@ -115,7 +115,7 @@ def run(preset: Preset, work: Path, data: Path, tasks: Sequence[str], workers: i
     results = {
         "tasks": {name: _judged(job, preset) for name, job in jobs.items()},
         "teacher_skill": shown,
-        "machine": _machine(workers) | {f"seconds for {part}": value for part, value in seconds.items()},
+        "machine": _machine(workers) | {f"seconds for {part}": value for part, value in _added(work, seconds).items()},
         "command": f"python scripts/{Path(__file__).name} {' '.join(sys.argv[1:])}".strip(),
     }
     for job in jobs.values():
@@ -181,7 +181,17 @@ def _judged(job: Specialist, preset: Preset) -> dict[str, Any]:
             row |= job.facts_of(name)
     if table.name == WORLD:
         found["bayes"] = target_bayes()
-    return found | {"note": table.explain() + job.told(), "control": table.name == PIPELINE}
+    note = f"Made up: {table.sizes()}." if table.name == WORLD else table.explain()
+    return found | {"note": note + job.told(), "control": table.name == PIPELINE}
+
+
+def _added(work: Path, seconds: dict[str, int]) -> dict[str, int]:
+    """Seconds of this run on top of those of earlier ones in the folder; what took none is left out."""
+    path = work / "seconds.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    total = {part: before.get(part, 0) + value for part, value in seconds.items()}
+    write_text_aside(path, json.dumps(total) + "\n")
+    return {part: value for part, value in total.items() if value}
 
 
 def _kept(path: Path, make: Any) -> Any:

@@ -63,13 +63,17 @@ class Table:
         rows = self.train.rows if rows is None else rows
         return RecordText.fit(rows, numbers=self.numbers, notes=self.notes, **self.text)
 
-    def explain(self) -> str:
-        """Sizes of the parts and share of "yes" in each, and along the whole table in tenths, on one line."""
+    def sizes(self) -> str:
+        """Rows of the parts and share of "yes" in each."""
         parts = {"train": self.train, "validation": self.valid, "test": self.test}
-        told = [f"{name} {len(part):,} rows, {part.yes.mean():.1%} yes" for name, part in parts.items()]
+        return "; ".join(f"{name} {len(part):,} rows, {part.yes.mean():.1%} yes" for name, part in parts.items())
+
+    def explain(self) -> str:
+        """Sizes of the parts, and the share of "yes" along the whole table in tenths, on one line."""
+        parts = {"train": self.train, "validation": self.valid, "test": self.test}
         everything = np.concatenate([part.yes for part in parts.values()])
         tenths = " ".join(f"{tenth.mean():.1%}" for tenth in np.array_split(everything, 10))
-        return f"In the order of time: {'; '.join(told)}. Share of yes by tenth of the rows: {tenths}."
+        return f"In the order of time: {self.sizes()}. Share of yes by tenth of the rows: {tenths}."
 
 
 def split_in_time(rows: Sequence[Row], yes: Sequence[bool], valid: int, test: int) -> tuple[Part, Part, Part]:
