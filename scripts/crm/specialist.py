@@ -14,7 +14,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from hf_qep.distill.student_trainer import train_student
 from hf_qep.engine.calibration import load_calibration
 from hf_qep.files import write_text_aside
 from hf_qep.progress import SILENT, Progress
+from hf_qep.search.costs import Choice
 from hf_qep.students.saving import load_student
 
 FEW_SHOT, TUNED, STUDENT, ALONE, ONE_BIT = (
@@ -95,7 +96,6 @@ class Specialist:
     folder: Path
     plan: Plan
     progress: Progress = SILENT
-    facts: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
         """Everything that is not there yet."""
@@ -181,12 +181,16 @@ class Specialist:
         return read_task(str(self.folder / "rows" / "valid.jsonl"), CAUSAL_LM, self.opened.processor, answers=ANSWERS)
 
     @cached_property
-    def lesson(self) -> Lesson:
-        """The student that the search picks, before it learns, with its rows."""
+    def choice(self) -> Choice:
+        """The student that the search picks."""
         if not (self.folder / "work" / "search" / "result.json").exists():
             search(self.opened, self._wishes(), self.progress)
-        start = begin(self.opened, self.opened.chosen("accurate", None))
-        return Lesson(self.opened, start, self._teaching(0, alpha=1.0), self.progress)
+        return self.opened.chosen("accurate", None)
+
+    @cached_property
+    def lesson(self) -> Lesson:
+        """That student before it learns, with its rows."""
+        return Lesson(self.opened, begin(self.opened, self.choice), self._teaching(0, alpha=1.0), self.progress)
 
     @cached_property
     def alpha(self) -> float:
@@ -240,9 +244,6 @@ class Specialist:
             storage=None,
         )
 
-    def _lesson(self, start: Any, seed: int, epochs: float | None = None) -> Lesson:
-        return Lesson(self.opened, start, self._teaching(seed, epochs), self.progress)
-
     def _teaching(self, seed: int, epochs: float | None = None, alpha: float | None = None) -> Teaching:
         plan = self.plan
         schedule = {
@@ -292,13 +293,14 @@ class Specialist:
         """Taught and saved as it is published, with what a card says of it."""
         out = self.folder / f"student-{seed}"
         if not (out / "distillation.json").exists():
-            choice = self.lesson and self.opened.chosen("accurate", None)
-            train(self.opened, choice, None, self._teaching(seed), out, overwrite=True, progress=self.progress)
+            train(self.opened, self.choice, None, self._teaching(seed), out, overwrite=True, progress=self.progress)
         return self._student_says(load(self.opened, str(out)))
 
     def _alone(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         start = copy.deepcopy(self.lesson.start)
-        student, _ = self._lesson(start, seed).teach(start.student, LABELS, f"alone-{seed}")
+        lesson = Lesson(self.opened, start, self._teaching(seed, alpha=1.0), self.progress)
+        student, _ = lesson.teach(start.student, LABELS, f"alone-{seed}")
+        lesson.forget()
         return self._student_says(replace(start, student=student))
 
     def _one_bit(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
