@@ -27,15 +27,17 @@ from typing import Any
 
 import torch
 from crm.measure import measure
+from crm.names import ALONE, FEW_SHOT, ONE_BIT, RAW, STUDENT, TUNED
 from crm.offer import offer
-from crm.page import RAW, write_page
+from crm.page import write_page
 from crm.scores import Scored, as_answered, score, summary
 from crm.skill import skill
-from crm.specialist import ALONE, FEW_SHOT, METHODS, ONE_BIT, STUDENT, TUNED, Plan, Specialist
+from crm.specialist import METHODS, Plan, Specialist
 from crm.tabular import BASELINES, Table
 from crm.tasks import BANK, PIPELINE, WORLD, Sizes, general_text, table_of, target_bayes
 from crm.teacher import TeacherPlan, load, pretrain
 from libraries import silence
+from search_table import kept
 
 from hf_qep.errors import ConfigError, QepError
 from hf_qep.files import write_text_aside
@@ -111,7 +113,7 @@ def run(preset: Preset, work: Path, data: Path, tasks: Sequence[str], workers: i
     _work(preset, jobs, work, data, workers, progress)
     seconds["tasks"] = round(time.monotonic() - began) - seconds["teacher"]
     model, tokenizer = load(teacher)
-    shown = _kept(work / "skill.json", lambda: skill(model, tokenizer, worlds=preset.skill, progress=progress))
+    shown = kept(work / "skill.json", lambda: skill(model, tokenizer, worlds=preset.skill, progress=progress))
     results = {
         "tasks": {name: _judged(job, preset) for name, job in jobs.items()},
         "teacher_skill": shown,
@@ -174,7 +176,7 @@ def _judged(job: Specialist, preset: Preset) -> dict[str, Any]:
         if name == FEW_SHOT and said:
             methods[RAW] = [as_answered(test, table.test.yes) for _, test in said]
     found = summary(methods, [pair for pair in PAIRS if set(pair) <= set(methods)], samples=preset.samples)
-    costs = _kept(job.folder / "costs.json", lambda: measure(job, preset.repeats))
+    costs = kept(job.folder / "costs.json", lambda: measure(job, preset.repeats))
     for name, row in found["rows"].items():
         row |= {key: value for key, value in costs.get(name.removesuffix(", as it answers"), {}).items()}
         if name in BASELINES:
@@ -192,13 +194,6 @@ def _added(work: Path, seconds: dict[str, int]) -> dict[str, int]:
     total = {part: before.get(part, 0) + value for part, value in seconds.items()}
     write_text_aside(path, json.dumps(total) + "\n")
     return {part: value for part, value in total.items() if value}
-
-
-def _kept(path: Path, make: Any) -> Any:
-    """A JSON value from its file, else made and written there."""
-    if not path.exists():
-        write_text_aside(path, json.dumps(make(), indent=1) + "\n")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _machine(workers: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar
+from libraries import silence
 from unseen import show
 from unseen.detection import PART as DETECTION
 from unseen.detection import detect
@@ -44,7 +44,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the parts, write what they found, and return it."""
-    disable_progress_bar()  # transformers' own, for every little model that is saved
+    silence()
     preset = PRESETS[arguments.preset]()
     data = folder_of_data(arguments, preset)
     progress, found = Progress(arguments.quiet or arguments.json), {}

@@ -13,8 +13,8 @@ from hf_qep.algorithms.ranks import bootstrap_interval, regret_at_1, spearman
 from hf_qep.files import write_text_aside
 
 
-def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A JSON file, made if it is not there."""
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """The JSON value of a file, made and written if it is not there."""
     if not path.exists():
         write_text_aside(path, json.dumps(make()))
     return json.loads(path.read_text(encoding="utf-8"))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from crm.specialist import ALONE, FEW_SHOT, ONE_BIT, STUDENT, TUNED, Specialist
+from crm.names import ALONE, FEW_SHOT, ONE_BIT, STUDENT, TUNED
+from crm.specialist import Specialist
 from torch import Tensor
 
 from hf_qep.accounting import bits_report

@@ -6,8 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+from crm.names import STUDENT
 from crm.prompts import ANSWERS
-from crm.specialist import STUDENT, Specialist
+from crm.specialist import Specialist
 
 from hf_qep.files import write_aside, write_text_aside
 

@@ -11,7 +11,8 @@ Results are a JSON value:
     machine        what it was measured on, name -> value
     command        what prints it
 
-Methods that sentences speak about have fixed names (below); others are only rows. What is missing is "not measured".
+Methods that sentences speak about have fixed names (`names.py`); others are only rows. What is missing is "not
+measured".
 """
 
 from __future__ import annotations
@@ -22,18 +23,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crm.names import ALONE, BOOSTING, MAJORITY, RAW, STUDENT, TUNED
+from crm.names import FEW_SHOT as TEACHER
 from crm.scores import difference_name
 
 from hf_qep.errors import ConfigError
 from hf_qep.extras import require
 from hf_qep.files import write_text_aside
 
-STUDENT, TEACHER, TUNED = "student", "teacher few-shot", "teacher fine-tuned"
-RAW = f"{TEACHER}, as it answers"
-"""The teacher without what validation labels could tell it: the answer with the higher probability."""
 CLAIMED = 43
 """Per cent of accuracy, relative, that a student is said to gain on its teacher (press release, September 2025)."""
-ALONE, BOOSTING, MAJORITY = "student without distillation", "gradient boosting", "majority"
 START, END = "<!-- measured:start -->", "<!-- measured:end -->"
 MISSING = "not measured"
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from crm.names import ALONE, FEW_SHOT, ONE_BIT, STUDENT, TUNED
 from crm.prompts import ANSWERS
 from crm.tabular import BASELINES, Table
 from crm.tasks import Sizes, examples, write_rows
@@ -39,18 +40,12 @@ from hf_qep.distill.said import Said, take_said
 from hf_qep.distill.samples import CAUSAL_LM, TaskData
 from hf_qep.distill.student_trainer import train_student
 from hf_qep.engine.calibration import load_calibration
+from hf_qep.engine.source import load_processor
 from hf_qep.files import write_text_aside
 from hf_qep.progress import SILENT, Progress
 from hf_qep.search.costs import Choice
 from hf_qep.students.saving import load_student
 
-FEW_SHOT, TUNED, STUDENT, ALONE, ONE_BIT = (
-    "teacher few-shot",
-    "teacher fine-tuned",
-    "student",
-    "student without distillation",
-    "student 1-bit",
-)
 METHODS = (FEW_SHOT, STUDENT, ALONE, ONE_BIT, TUNED)
 
 CALIBRATION_ROWS = 512
@@ -166,9 +161,7 @@ class Specialist:
     @cached_property
     def tokenizer(self) -> Any:
         """The teacher's."""
-        from crm.teacher import load as load_teacher
-
-        return load_teacher(self.teacher)[1]
+        return load_processor(self.teacher)
 
     @cached_property
     def opened(self) -> Opened:
@@ -197,14 +190,13 @@ class Specialist:
         """The share of the labels that the first student is best with."""
         path = self.folder / "alpha.json"
         if not path.exists():
-            areas = {alpha: self._area(alpha) for alpha in self.plan.alphas}
-            chosen = max(areas, key=areas.__getitem__)
+            alphas = self.plan.alphas
+            areas = {alpha: self._area(alpha) for alpha in alphas} if len(alphas) > 1 else {}
+            chosen = max(alphas, key=lambda alpha: areas.get(alpha, 0.0))
             write_text_aside(path, json.dumps({"alpha": chosen, "validation AUC": areas}) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))["alpha"]
 
     def _area(self, alpha: float) -> float:
-        if len(self.plan.alphas) == 1:
-            return float("nan")
         start = copy.deepcopy(self.lesson.start)
         lesson = Lesson(self.opened, start, self._teaching(0, alpha=alpha), self.progress)
         student, _ = lesson.teach(start.student, replace(DistillLoss(), alpha=alpha), f"alpha-{alpha:g}")

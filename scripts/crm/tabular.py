@@ -70,8 +70,7 @@ class Table:
 
     def explain(self) -> str:
         """Sizes of the parts, and the share of "yes" along the whole table in tenths, on one line."""
-        parts = {"train": self.train, "validation": self.valid, "test": self.test}
-        everything = np.concatenate([part.yes for part in parts.values()])
+        everything = np.concatenate([part.yes for part in (self.train, self.valid, self.test)])
         tenths = " ".join(f"{tenth.mean():.1%}" for tenth in np.array_split(everything, 10))
         return f"In the order of time: {self.sizes()}. Share of yes by tenth of the rows: {tenths}."
 
