@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,19 @@ def check_run(
         teacher = teacher.said
     check_said(teacher, data, loss, student)
     return teacher
+
+
+def check_judged(held_out: TaskData | None, said: Said | None, loss: DistillLoss, student: Any) -> Said | None:
+    """What held-out rows are judged by besides their labels: what a teacher said about them, where the loss asks one.
+
+    Raises ConfigError unless it belongs to these rows, or where there is no loss of answers that it could be put into.
+    """
+    if said is None or held_out is None or loss.alpha == 1:
+        return None
+    if held_out.task in (EMBEDDING, DETECTION):
+        raise ConfigError(f"held-out rows of {held_out.task} are not judged by what a teacher said; leave it out")
+    check_said(said, held_out, replace(loss, hidden=0.0, relation=0.0), student)
+    return said
 
 
 def _check_prototypes(data: TaskData, loss: DistillLoss, prototypes: Tensor | None) -> None:

@@ -150,26 +150,34 @@ class Objective:
         return rows
 
     def measure(self, output: Any, batch: Mapping[str, Any], said: Said | None) -> tuple[Tensor, Tensor]:
-        """What `metrics` needs of a batch, (rows, places, 3) float32, and which of it counts, (rows, places) int64.
+        """What `metrics` needs of a batch, (rows, places, 4) float32, and which of it counts, (rows, places) int64.
 
-        The values are the loss in nats, 1 if the answer is right, and log p(1) - log p(0) where there are two classes;
-        NaN where there is no such thing. Places with the label IGNORED do not count. The loss is that of the labels;
-        without labels it is the distance to the teacher.
+        The values are the loss, -log p of the label in nats, 1 if the answer is right, and log p(1) - log p(0) where
+        there are two classes; NaN where there is no such thing. Places with the label IGNORED do not count. The loss
+        is what is learnt from labels and answers, without hidden states; that of the labels alone where nothing is
+        said about the batch, the distance to the teacher where it has no labels.
         """
         labels = batch.get("labels")
         if not self.judges(batch):
-            alone = replace(self, config=replace(self.config, alpha=0.0, hidden=0.0, relation=0.0), projections=None)
-            return _everywhere(alone.total(output, batch, said) / alone.count(batch), batch)
+            return _everywhere(self._judgement(output, batch, said, alpha=0.0), batch)
         if self.task == DETECTION:
             return _everywhere(output.loss, batch)
         if self.task == CAUSAL_LM:
             mask = answer_mask(batch, self.answers is not None)
-            found, places = torch.zeros(*mask.shape, 3, device=mask.device), torch.full_like(labels, IGNORED)
+            found, places = torch.zeros(*mask.shape, 4, device=mask.device), torch.full_like(labels, IGNORED)
             places[mask] = answer_labels(batch, mask, self.answers)
             found[mask] = _judged(answer_logits(output.logits, mask, self.answers), places[mask])
-            return found, places
-        logits = self._near(embedding_of(output).float()) if self.task == EMBEDDING else output.logits
-        return _judged(logits, labels.clamp_min(0)).unsqueeze(1), labels.unsqueeze(1)
+        else:
+            logits = self._near(embedding_of(output).float()) if self.task == EMBEDDING else output.logits
+            found, places = _judged(logits, labels.clamp_min(0)).unsqueeze(1), labels.unsqueeze(1)
+        if said is not None:
+            found[..., 0] = self._judgement(output, batch, said, self.config.alpha)
+        return found, places
+
+    def _judgement(self, output: Any, batch: Mapping[str, Any], said: Said | None, alpha: float) -> Tensor:
+        """Mean loss per answer without hidden states, a scalar."""
+        alone = replace(self, config=replace(self.config, alpha=alpha, hidden=0.0, relation=0.0), projections=None)
+        return alone.total(output, batch, said) / alone.count(batch)
 
     def judges(self, batch: Mapping[str, Any]) -> bool:
         """Whether a batch can be measured by its labels, without a teacher."""
@@ -180,13 +188,13 @@ class Objective:
 def metrics(found: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Means over the places that count: `loss`, and where they are known `nll`, `accuracy` and, of two classes, `auc`.
 
-    found: (rows, places, 3), labels: (rows, places), see `Objective.measure`.
+    found: (rows, places, 4), labels: (rows, places), see `Objective.measure`.
     """
     counts = labels != IGNORED
-    loss, right, margin = found[counts].astype(np.float64).T
+    loss, nll, right, margin = found[counts].astype(np.float64).T
     values = {"loss": float(loss.mean())}
     if not np.isnan(right).any():
-        values |= {"nll": values["loss"], "accuracy": float(right.mean())}
+        values |= {"nll": float(nll.mean()), "accuracy": float(right.mean())}
         if not np.isnan(margin).any():
             values["auc"] = area_under_curve(margin, labels[counts] == 1)
     return values
@@ -195,20 +203,21 @@ def metrics(found: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def _everywhere(loss: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """One loss as that of every row."""
     rows = len(next(iter(forward_inputs(batch).values())))
-    found = torch.full((rows, 1, 3), torch.nan, device=loss.device)
+    found = torch.full((rows, 1, 4), torch.nan, device=loss.device)
     found[..., 0] = loss.detach().float()
     return found, torch.zeros(rows, 1, dtype=torch.int64, device=loss.device)
 
 
 def _judged(logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss, whether right, margin of two classes: (answers, 3)."""
+    """Loss, which is that of the labels, the same again, whether right, margin of two classes: (answers, 4)."""
 
     def part(which: slice) -> Tensor:
         log_q = logits[which].float().log_softmax(-1)
-        loss = F.nll_loss(log_q, labels[which], reduction="none")
+        nll = F.nll_loss(log_q, labels[which], reduction="none")
         right = (log_q.argmax(-1) == labels[which]).float()
         two = log_q.shape[-1] == 2
-        return torch.stack([loss, right, log_q[:, 1] - log_q[:, 0] if two else torch.full_like(loss, torch.nan)], -1)
+        margin = log_q[:, 1] - log_q[:, 0] if two else torch.full_like(nll, torch.nan)
+        return torch.stack([nll, nll, right, margin], -1)
 
     return in_chunks(part, logits)
 

@@ -1,8 +1,9 @@
 """A student is trained for a task, from its checks to its report.
 
 One call for every kind of student: all its weights train, or its adapters (peft), or, where it is packed, latents of
-its signs and its scales. The epoch with the lowest loss on the held-out rows is kept. Nothing is left behind on disk
-unless a folder is given; a training that was stopped goes on from there.
+its signs and its scales. The epoch with the lowest loss on the held-out rows is kept: of labels and teacher together
+where it is known what the teacher says about them, else of their labels. Nothing is left behind on disk unless a folder
+is given; a training that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qep.algorithms.calibrated import Calibration
-from hf_qep.distill.checks import check_run
+from hf_qep.distill.checks import check_judged, check_run
 from hf_qep.distill.hidden import projections_for
 from hf_qep.distill.learning import Learning, learning, quiet_trainer, randomness_kept, trainer_arguments
 from hf_qep.distill.losses import DistillLoss
@@ -94,6 +95,7 @@ def train_student(
     data: TaskData,
     *,
     held_out: TaskData | None = None,
+    held_out_said: Said | None = None,
     teacher: nn.Module | TeacherStore | Said | None = None,
     loss: DistillLoss | None = None,
     epochs: float = 3.0,
@@ -114,10 +116,11 @@ def train_student(
     """Train a student in place, where it lies.
 
     student: a model with the head of the task, plain, with adapters of peft, or packed. held_out: rows to judge by;
-    without labels they need a teacher that is a model. teacher: a model, or what one said about every row of `data`;
-    None where the loss asks none. steps: instead of epochs. learning_rate: the highest, after a share `warmup` of the
-    steps, then down a cosine; packed students have rates of their own. batch_size: rows of one process and batch,
-    `accumulate` batches are a step. prototypes: (classes, width), for embeddings. calibration: of the teacher.
+    without labels they need a teacher that is a model. held_out_said: what the teacher said about them; what the
+    student is to learn then judges it, not the labels alone. teacher: a model, or what one said about every row of
+    `data`; None where the loss asks none. steps: instead of epochs. learning_rate: the highest, after a share `warmup`
+    of the steps, then down a cosine; packed students have rates of their own. batch_size: rows of one process and
+    batch, `accumulate` batches are a step. prototypes: (classes, width), for embeddings. calibration: of the teacher.
     keep_ids: see `said.LiveTeacher`. output_dir: empty folder for checkpoints, one per epoch, from the last of which
     `resume` goes on. Randomness of torch, numpy and Python is as before afterwards.
 
@@ -127,6 +130,7 @@ def train_student(
     started, loss = time.monotonic(), loss or DistillLoss()
     schedule = Schedule(epochs, steps, learning_rate, batch_size, accumulate, warmup, seed, dropout)
     said = check_run(student, data, held_out, teacher, loss, keep_ids, prototypes)
+    judged = check_judged(held_out, held_out_said, loss, student)
     settings = {"data": data.fingerprint(), "loss": loss.to_dict(), "schedule": asdict(schedule)}
     with (
         randomness_kept(),
@@ -139,7 +143,7 @@ def train_student(
         objects = student.config.num_labels if data.task == DETECTION else None
         objective = Objective(loss, data.task, data.answers, prototypes, calibration, projections, objects)
         arguments = _arguments(student, folder, schedule, learns, held_out is not None, output_dir is not None)
-        trainer = _trainer(student, arguments, data, held_out, objective, said, keep_ids, learns, dropout)
+        trainer = _trainer(student, arguments, data, held_out, objective, said, judged, keep_ids, learns, dropout)
         total = schedule.total(len(data), trainer.args.world_size)
         found = _run(trainer, learns, checkpoint, total, progress)
     return TrainReport(trainer.state.global_step, *found, time.monotonic() - started)
@@ -152,6 +156,7 @@ def _trainer(
     held_out: TaskData | None,
     objective: Objective,
     teacher: nn.Module | Said | None,
+    judged: Said | None,
     keep_ids: Tensor | None,
     learns: Learning,
     dropout: bool,
@@ -162,9 +167,10 @@ def _trainer(
         model=student,
         args=arguments,
         train_dataset=TaskRows(data),
-        eval_dataset=None if held_out is None else TaskRows(held_out, numbered=False),
+        eval_dataset=None if held_out is None else TaskRows(held_out, numbered=judged is not None),
         objective=objective,
         teacher=teacher,
+        held_out_said=judged,
         keep_ids=keep_ids,
         parameter_groups=learns.groups,
         dropout=dropout,

@@ -107,10 +107,11 @@ class StudentTrainer(GroupedTrainer):
 
     The loss of a step is divided by all its answers, of every accumulated batch and every process, so that it is the
     same step however it is cut up. objective: the loss. teacher: a model that is asked, or what one said about every
-    row of the training data, found by their numbers under `row`. keep_ids: see `LiveTeacher`. parameter_groups: see
-    QepDistillTrainer. dropout: False trains the model that will be used. best: its state is part of a checkpoint.
-    A checkpoint holds what trains, not a model; `save_model` saves the student as in any Trainer. Projections are in
-    the former only. Raises ConfigError for options that would remove columns or load a model from a checkpoint.
+    row of the training data, found by their numbers under `row`. held_out_said: what it said about the rows of the
+    evaluation, which then carry numbers too. keep_ids: see `LiveTeacher`. parameter_groups: see QepDistillTrainer.
+    dropout: False trains the model that will be used. best: its state is part of a checkpoint. A checkpoint holds what
+    trains, not a model; `save_model` saves the student as in any Trainer. Projections are in the former only. Raises
+    ConfigError for options that would remove columns or load a model from a checkpoint.
     """
 
     loss_is_scaled_for_ga = True
@@ -120,6 +121,7 @@ class StudentTrainer(GroupedTrainer):
         *args: Any,
         objective: Objective,
         teacher: nn.Module | Said | None = None,
+        held_out_said: Said | None = None,
         keep_ids: Tensor | None = None,
         parameter_groups: Callable[[], list[dict[str, Any]]] | None = None,
         dropout: bool = False,
@@ -131,7 +133,7 @@ class StudentTrainer(GroupedTrainer):
             raise ConfigError("a student is trained with remove_unused_columns and load_best_model_at_end off")
         self.model_accepts_loss_kwargs = False  # answers are counted here
         self.objective, self.parameter_groups, self.dropout, self.best = objective, parameter_groups, dropout, best
-        self.said = teacher
+        self.said, self.held_out_said = teacher, held_out_said
         if isinstance(teacher, nn.Module):
             teacher.eval().requires_grad_(False)
             teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
@@ -176,21 +178,25 @@ class StudentTrainer(GroupedTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """What `metrics` makes the loss of; the teacher is asked only where there are no labels."""
+        """What `metrics` makes the loss of; a teacher is asked only where there are no labels."""
         batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**self.objective.inputs(batch, judged=True))
-            said = None if self.objective.judges(batch) else self._said(batch)
+            if self.held_out_said is not None:
+                said = self._rows_of(self.held_out_said, batch)
+            else:
+                said = None if self.objective.judges(batch) else self._said(batch)
             return None, *self.objective.measure(output, batch, said)
 
     def _said(self, batch: dict[str, Any]) -> Said:
         if self.said is None:
             raise ConfigError("without labels and without a teacher there is nothing to compare with; give one of them")
-        if isinstance(self.said, LiveTeacher):
-            return self.said.says(batch)
+        return self.said.says(batch) if isinstance(self.said, LiveTeacher) else self._rows_of(self.said, batch)
+
+    def _rows_of(self, said: Said, batch: dict[str, Any]) -> Said:
         if ROW not in batch:
             raise ConfigError(f"the data has no column `{ROW}`, so what the teacher said cannot be found; give a model")
-        return self.said.rows(batch[ROW]).to(self.args.device)
+        return said.rows(batch[ROW]).to(self.args.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As transformers does, or over the groups that were given; and the projections."""

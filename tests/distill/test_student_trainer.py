@@ -117,6 +117,44 @@ def test_measurements_are_those_of_the_answers():
     )
 
 
+@pytest.mark.parametrize("name", ["texts", "questions", "sentences", "images"])
+def test_epochs_are_judged_by_what_is_learnt(name):
+    model, rows = TASKS[name]
+    data, held = rows(24), rows(24, seed=1)
+    teacher, student, loss = model(1), model(2), DistillLoss(alpha=0.25, label_correction=False)
+    said, judged = (take_said(teacher, part) for part in (data, held))
+    report = train_student(
+        student, data, held_out=held, held_out_said=judged, teacher=said, loss=loss, epochs=1, batch_size=24
+    )
+    log_q, log_p = (take_said(one, held).log_p.float() for one in (model(2), teacher))
+    distance = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    wanted = 0.25 * report.before["nll"] + 0.75 * distance
+    assert report.before["loss"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_labels_that_contradict_a_teacher_do_not_undo_what_was_learnt_from_it_alone():
+    data, held, teacher = sentences(48), sentences(48, seed=1), text_classifier(1)
+    said, judged = (take_said(teacher, part) for part in (data, held))
+    contrary = replace(held, labels=judged.log_p.argmin(-1))
+    loss = DistillLoss(alpha=0.0, label_correction=False)
+    options = {"loss": loss, "teacher": said, "epochs": 4, "batch_size": 8, "learning_rate": 2e-3}
+    blind = train_student(text_classifier(2), data, held_out=contrary, **options)
+    report = train_student(text_classifier(2), data, held_out=contrary, held_out_said=judged, **options)
+    assert blind.best_epoch < 4
+    assert report.best_epoch > blind.best_epoch and report.after["loss"] < 0.9 * report.before["loss"]
+
+
+@pytest.mark.parametrize("name", ["embeddings", "scenes"])
+def test_what_was_said_about_embeddings_and_objects_judges_nothing(name):
+    model, rows = TASKS[name]
+    data, teacher = rows(8), model(1)
+    with pytest.raises(ConfigError, match="not judged"):
+        train_student(
+            model(2), data, held_out=data, held_out_said=take_said(teacher, data), teacher=teacher,
+            loss=DistillLoss(alpha=0.5), prototypes=bank_for(name), steps=1,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["texts", "questions", "sentences"])
 def test_accumulated_steps_are_the_same_steps(name, tmp_path):
     model, rows = TASKS[name]
