@@ -37,7 +37,8 @@ def analyze(
     scores = _scores(opened, batch_size, progress)
     with write_aside(out, overwrite=overwrite) as aside:
         # The names of the classes are settled now: a later look at other rows must not number them otherwise.
-        replace(job, classes=opened.train.classes if job.answers is None else job.classes).save(aside)
+        settled = opened.train.classes if job.answers is None else None
+        replace(job, classes=settled or job.classes).save(aside)
         opened.note_seen(aside)
         found.save(aside / ANALYSIS)
     return {
@@ -78,7 +79,8 @@ def _size(value: float | None) -> float | None:
 
 def _scores(opened: Opened, batch_size: int, progress: Progress) -> dict[str, Any]:
     """How good the teacher is at the task, behind its prompt if it has one, on rows that nothing is chosen by."""
-    if not can_score(opened.test):
+    rows = _few(opened.test)
+    if not can_score(rows):
         return {}
-    summary = score(opened.asked, _few(opened.test), batch_size, progress=progress).summary()
-    return {name: summary[name] for name in ("nll", "accuracy", "auc", "majority")}
+    summary = score(opened.asked, rows, batch_size, progress=progress).summary()
+    return {name: summary[name] for name in ("scored", "nll", "accuracy", "auc", "majority") if name in summary}

@@ -26,8 +26,8 @@ SCORE_BATCH, ROUNDS = 32, 15
 
 @dataclass(frozen=True)
 class Measured:
-    """scores: None for a task without classes. distance: from the teacher's answers, nats per answer (an embedding:
-    relative squared error). parameters: weights, however few bits hold them."""
+    """scores: None for rows that cannot be scored item by item. distance: from the teacher's answers, nats per answer
+    (an embedding: relative squared error). parameters: weights, however few bits hold them."""
 
     scores: Scores | None
     distance: float
@@ -52,6 +52,15 @@ def measured(
     away = 0.0 if said is None else distance(model, test, said, SCORE_BATCH)
     weights = bits_report(model)["model_weights"] if packed_modules(model) else model.num_parameters()
     return Measured(scores, away, weights)
+
+
+def beside(found: dict[str, Measured], times: dict[str, float]) -> dict[str, Any]:
+    """What a report says of all models as a JSON value: `models`, and the `retention` of the student.
+
+    found: name -> measured, `teacher` and `student` among them. times: milliseconds of those that were timed.
+    """
+    models = {who: one.to_dict() | {"latency_ms": times.get(who)} for who, one in found.items()}
+    return {"models": models, "retention": retention_of(found["student"], found["teacher"])}
 
 
 def retention_of(student: Measured, teacher: Measured) -> dict[str, Any] | None:

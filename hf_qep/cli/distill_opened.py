@@ -104,9 +104,13 @@ class Opened:
         job = self.job
         rows = self._read(job.data, job.classes or self._class_names())
         if job.test is not None:
-            test = self._read(job.test, rows.classes)
+            # Classes of an embedding are only told apart, so those of the test may be others.
+            test = self._read(job.test, job.classes if job.task == EMBEDDING else rows.classes)
         else:
             rows, test = rows.split(job.held_out, job.seed)
+        if job.task == EMBEDDING:
+            # The nearness to prototypes of classes is not asked for here, so labels teach and judge nothing.
+            rows = replace(rows, labels=None, classes=None)
         train, judge = rows.split(job.held_out, job.seed + 1)
         found = {"train": train, "judge": judge, "test": test}
         for name, part in found.items():
@@ -124,9 +128,7 @@ class Opened:
         options: dict[str, Any] = {"answers": job.answers, "limit": job.limit, "seed": job.seed}
         options["columns"] = Columns(job.text, job.template, job.label, job.image, job.objects)
         options["max_length"] = min(job.max_length, longest)
-        data = read_task(source, job.task, reader, classes=classes if job.answers is None else None, **options)
-        # The nearness to prototypes of classes is not asked for here, so the labels of an embedding judge nothing.
-        return replace(data, labels=None, classes=None) if job.task == EMBEDDING else data
+        return read_task(source, job.task, reader, classes=classes if job.answers is None else None, **options)
 
     def _reader(self) -> Any:
         if self.processor is None:

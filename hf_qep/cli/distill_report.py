@@ -11,8 +11,6 @@ from hf_qep.files import write_text_aside
 from hf_qep.hub.allowed import DISTILLATION as FACTS
 
 if TYPE_CHECKING:
-    from hf_qep.cli.distill_opened import Opened
-    from hf_qep.cli.distill_student import Start
     from hf_qep.search.costs import Cost
     from hf_qep.search.results import SearchResult
 
@@ -48,34 +46,40 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
 
 
-def write_facts(path: Path, facts: dict[str, Any], opened: Opened, start: Start) -> dict[str, Any]:
-    """Write what was found, with what a card needs to know of the models besides, beside the files of the student."""
+def write_facts(
+    folder: Path,
+    facts: dict[str, Any],
+    teacher: Path,
+    *,
+    start_revision: str | None = None,
+    start_licence: str | None = None,
+) -> dict[str, Any]:
+    """Write what was found, with what a card needs to know of the models besides, beside the files of a student.
+
+    facts: with the `task` and the `schedule`, which has the `seed`. teacher: its folder. start_revision, start_licence:
+    of the first weights, where they are not the teacher's. Returns what was written.
+    """
     from hf_qep.cli.distill_opened import AUTO_CLASSES
     from hf_qep.engine.manifest import file_table
     from hf_qep.engine.source import licence_of, snapshot_revision
+    from hf_qep.hub.allowed import weight_bytes
 
     more = {
         "made_of": {
-            "revision": snapshot_revision(opened.source),
-            "licence": licence_of(opened.source),
-            "start_revision": start.revision,
-            "start_licence": start.licence,
-            "teacher_bytes": _weight_bytes(opened.source),
-            "student_bytes": _weight_bytes(path.parent),
-            "auto_class": AUTO_CLASSES[opened.job.task],
+            "revision": snapshot_revision(teacher),
+            "licence": licence_of(teacher),
+            "start_revision": start_revision,
+            "start_licence": start_licence,
+            "teacher_bytes": weight_bytes(teacher),
+            "student_bytes": weight_bytes(folder),
+            "auto_class": AUTO_CLASSES[facts["task"]],
         },
         "seed": facts["schedule"]["seed"],
         "versions": _versions(),
-        "files": file_table(path.parent),
+        "files": file_table(folder),
     }
-    write_text_aside(path, json.dumps(facts | more, indent=1, ensure_ascii=False) + "\n")
+    write_text_aside(folder / FACTS, json.dumps(facts | more, indent=1, ensure_ascii=False) + "\n")
     return facts | more
-
-
-def _weight_bytes(folder: Path) -> int:
-    from hf_qep.hub.allowed import weight_bytes
-
-    return weight_bytes(folder)
 
 
 def _versions() -> dict[str, str]:

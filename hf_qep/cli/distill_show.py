@@ -71,6 +71,8 @@ def show_student(facts: dict[str, Any]) -> None:
         for who, found in facts["models"].items()
     ]  # fmt: skip
     title = f"{facts['task']}: {facts['rows']['test']} rows that nothing was chosen by"
+    if scored := facts["models"]["student"]["score"].get("scored"):
+        title += f"; {scored}"
     output.print_table(title, ["model", *COLUMNS.values(), "distance", "ms", "parameters"], rows)
     if facts["changes"]:
         output.print_facts("What was done to the teacher", {k: _change(v) for k, v in facts["changes"].items()})

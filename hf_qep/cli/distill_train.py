@@ -15,14 +15,14 @@ from torch import Tensor
 
 from hf_qep.algorithms.calibrated import Calibration
 from hf_qep.cli.distill_job import TEACHER, TRAINING, default_loss, public_name
-from hf_qep.cli.distill_measured import BEFORE, LABELS_ONLY, Measured, latencies, measured, retention_of
+from hf_qep.cli.distill_measured import BEFORE, LABELS_ONLY, Measured, beside, latencies, measured
 from hf_qep.cli.distill_opened import Opened
-from hf_qep.cli.distill_report import FACTS, write_facts
+from hf_qep.cli.distill_report import write_facts
 from hf_qep.cli.distill_student import Start, begin, load, save
 from hf_qep.distill.corrected import calibrate_teacher
 from hf_qep.distill.losses import DistillLoss
 from hf_qep.distill.said import Said
-from hf_qep.distill.samples import CAUSAL_LM, EMBEDDING, TaskData
+from hf_qep.distill.samples import CAUSAL_LM, DETECTION, EMBEDDING, TaskData
 from hf_qep.distill.store import TeacherStore
 from hf_qep.distill.student_trainer import TrainReport, train_student
 from hf_qep.errors import ConfigError
@@ -98,7 +98,8 @@ def train(
         "calibration": None if lesson.calibration is None else asdict(lesson.calibration),
         "training": asdict(report),
     }
-    facts = write_facts(out / FACTS, facts, opened, start)
+    first = {"start_revision": start.revision, "start_licence": start.licence}
+    facts = write_facts(out, facts, opened.source, **first)
     lesson.forget()
     return facts
 
@@ -115,7 +116,6 @@ def _check_wishes(opened: Opened, teaching: Teaching, loss: DistillLoss) -> None
 
 def _facts(opened: Opened, start: Start, found: dict[str, Measured], times: dict[str, float]) -> dict[str, Any]:
     job, teacher = opened.job, public_name(opened.job.teacher)
-    models = {who: one.to_dict() | {"latency_ms": times.get(who)} for who, one in found.items()}
     return {
         "task": job.task,
         "teacher": teacher,
@@ -124,8 +124,7 @@ def _facts(opened: Opened, start: Start, found: dict[str, Measured], times: dict
         "prompt": opened.prompt_facts(),
         "start": start.origin or teacher,
         "rows": {name: len(part) for name, part in opened.parts.items()},
-        "models": models,
-        "retention": retention_of(found["student"], found["teacher"]),
+        **beside(found, times),
         "spec": None if start.spec is None else start.spec.key(),
         "bits": start.bits,
         "changes": start.changes(opened.shape),
@@ -171,17 +170,20 @@ class Lesson:
         """
         data, judge = self.parts["train"], self.parts["judge"]
         teacher: Any = None
+        judged: Said | None = None
         if judge.labels is None:
             teacher = self.opened.asked  # only one that is asked now can judge rows without labels
         elif loss.asks:
             teacher = self.said("train", hidden=loss.needs_hidden)
             self.calibration = self._calibrated() if loss.alpha < 1 else None
+            judged = self.said("judge") if loss.alpha < 1 and judge.task not in (EMBEDDING, DETECTION) else None
         adapted = self._adapted(student) if self.teaching.rank else student
         folder = self._folder(who)
         report = train_student(
             adapted,
             data,
             held_out=judge,
+            held_out_said=judged,
             teacher=teacher,
             loss=loss,
             calibration=self.calibration if loss.asks else None,

@@ -28,14 +28,14 @@ _ALLOWED = {
     r"|(tokenizer|spiece|sentencepiece|sentencepiece\.bpe)\.model",
     "loader": f"{re.escape(LOADER)}|{re.escape(STUDENT_CODE)}",
     "plot": r"((plots|images|assets|figures|media)/)?\w[\w-]*\.(png|svg)",
-    "specialist": r"(specialist|records|examples)\.json|teacher_prompt\.txt|support\.safetensors",
+    "specialist": r"(specialist|records|examples|preparation)\.json|teacher_prompt\.txt|support\.safetensors",
     "result": r"\.eval_results/\w[\w.-]*\.ya?ml",
 }
 """Kind -> regular expression of the whole relative name."""
 
 MADE_LATER = {"card", "record", "licence", "plot", "result", "manifest", "specialist"}
 """Kinds that the manifest does not list: they are made from the checkpoint, or beside it, after it was written.
-`specialist` is what the Space `compare` needs to let a student be tried beside its teacher."""
+`specialist` is what a student needs to be tried, in the Space `compare` beside its teacher or elsewhere."""
 REQUIRED = ("config.json", MANIFEST, "README.md")
 REQUIRED_OF_STUDENT = ("config.json", DISTILLATION, "README.md")
 """Besides STUDENT, where it was cut from its teacher."""

@@ -68,8 +68,10 @@ def _load(folder: Path) -> Any:
 
 
 def _scores(found: dict[str, Any]) -> set[str]:
-    """Names of the scores that are stated."""
+    """Names of the scores that are stated; "majority" and "scored" are none."""
     models = found.get("models")
     student = models.get("student") if isinstance(models, dict) else None
     score = student.get("score") if isinstance(student, dict) else None
-    return {str(name) for name in score or () if not str(name).endswith(("_stderr", "answers", "majority"))}
+    no_scores = ("_stderr", "answers", "majority", "scored")
+    named = score.items() if isinstance(score, dict) else ()
+    return {str(name) for name, value in named if value is not None and not str(name).endswith(no_scores)}

@@ -20,6 +20,7 @@ from hf_qep.engine.source import load_float_model, load_quantized
 from hf_qep.evaluation.estimates import Estimate
 from hf_qep.hub.cards.numbers import estimate
 from hf_qep.students.saving import load_student
+from tests.cli.conftest import write_rows
 from tests.cli.distilling import CAUSAL, SEARCH, distil, refused
 from tests.cli.test_commands import run
 
@@ -252,13 +253,14 @@ def test_a_classifier_of_images(source, teacher_folder, tmp_path, request):
 
 
 def test_an_encoder_of_images_learns_without_labels(image_folder, teacher_folder, tmp_path):
-    words = ("--data", image_folder, "--task", "image-embedding", "--out", tmp_path / "w")
-    distil("analyze", teacher_folder("clip_vision_model"), *words)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"image": str(path)} for path in sorted(image_folder.glob("*/*.png"))])
+    words = ("--data", rows, "--task", "image-embedding", "--out", tmp_path / "w")
+    assert "accuracy" not in distil("analyze", teacher_folder("clip_vision_model"), *words)["teacher"]
     distil("search", tmp_path / "w", "--parameters", 60_000, *SEARCH)
     said = distil("train", tmp_path / "w", "--out", tmp_path / "s", "--epochs", 4)
     assert said["models"]["student"]["distance"] <= said["models"]["student, before"]["distance"]
     assert said["training"]["before"]["loss"] > 0, "the distance to the teacher decides which epoch is kept"
-    assert said["loss"]["alpha"] == 0 and said["retention"] is None
+    assert said["loss"]["alpha"] == 0 and said["retention"] is None and said["models"]["student"]["score"] == {}
 
 
 def test_a_detector(scenes_file, teacher_folder, tmp_path):

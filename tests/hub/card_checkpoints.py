@@ -14,6 +14,7 @@ from hf_qep.evaluation.estimates import Estimate
 from hf_qep.evaluation.retention import retention
 from hf_qep.evaluation.schema import to_json
 from hf_qep.files import bundled
+from hf_qep.hub.cards.distilled import unsealed
 from hf_qep.hub.cards.facts import CardFacts
 from hf_qep.hub.cards.numbers import derived
 from hf_qep.hub.cards.tables import family_bits, family_error
@@ -108,6 +109,19 @@ def unexplained_numbers(card: str, facts: CardFacts, folder: Path) -> list[str]:
     words |= {"0", "1"}  # "0: identical" and "1 - cosine" name measurements
     body = re.sub(r"<!--.*?-->\s*\Z", "", card, flags=re.DOTALL)
     return [number for number in numbers_in(body) if number not in words and not is_among(number, known)]
+
+
+def unexplained_of_student(card: str, facts: dict[str, Any]) -> list[str]:
+    """Numbers of a student's card that are not among the fields of `StudentFacts`, nor a ratio of sizes that it states,
+    nor words of a template."""
+    values = list(leaves(facts))
+    known = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    ratios = [facts["teacher"][key] / facts["student"][key] for key in ("bytes", "parameters")]
+    known += [100 * v for v in known] + [v / (1 << shift) for v in known for shift in (10, 20, 30)] + ratios
+    texts = [v for v in values if isinstance(v, str)]
+    texts += [path.read_text() for path in bundled("model_cards").rglob("*student*.jinja")]
+    words = {number for text in texts for number in numbers_in(text)}
+    return [number for number in numbers_in(unsealed(card)) if number not in words and not is_among(number, known)]
 
 
 def is_among(number: str, known: list[float]) -> bool:

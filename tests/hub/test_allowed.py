@@ -38,6 +38,7 @@ def test_everything_that_quantise_eval_and_card_write_is_on_the_list(finished):
         ("specialist.json", "specialist"),
         ("teacher_prompt.txt", "specialist"),
         ("support.safetensors", "specialist"),
+        ("preparation.json", "specialist"),
     ],
 )
 def test_names_of_a_checkpoint_have_a_kind(name, kind):

@@ -15,12 +15,11 @@ from hf_qep.errors import CardError, OutputExistsError
 from hf_qep.evaluation.estimates import Estimate
 from hf_qep.evaluation.retention import retention
 from hf_qep.evaluation.schema import to_json
-from hf_qep.files import bundled
 from hf_qep.hub.allowed import DISTILLATION
 from hf_qep.hub.base import read_metadata
 from hf_qep.hub.cards.card import card_problems, render_student_card
 from hf_qep.hub.cards.distilled import rendered_again, student_values, unsealed, write_student_card
-from tests.hub.card_checkpoints import is_among, leaves, numbers_in, student
+from tests.hub.card_checkpoints import numbers_in, student, unexplained_of_student
 from tests.hub.students import STUDENT_REPO, WORDS, make_student
 from tests.hub.test_card_escape import HOSTILE, as_page
 
@@ -39,32 +38,19 @@ def card_of(facts: dict[str, Any], **changes: Any) -> str:
     return render_student_card(student() | changes if not facts else facts | changes)
 
 
-def unexplained(card: str, facts: dict[str, Any]) -> list[str]:
-    """Numbers of a card that are not among the facts, nor a ratio of sizes that it states, nor words of a template."""
-    values = list(leaves(facts))
-    known = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    ratios = [facts["teacher"][key] / facts["student"][key] for key in ("bytes", "parameters")]
-    known += [100 * v for v in known] + [v / (1 << shift) for v in known for shift in (10, 20, 30)] + ratios
-    texts = [v for v in values if isinstance(v, str)]
-    texts += [path.read_text() for path in bundled("model_cards").rglob("*student*.jinja")] + [re.escape(WORDS)]
-    words = {number for text in texts for number in numbers_in(text)}
-    body = unsealed(card)
-    return [number for number in numbers_in(body) if number not in words and not is_among(number, known)]
-
-
 def test_every_number_is_in_distillation_json(folder, found):
     values = student_values(found, STUDENT_REPO, specialised_for=WORDS, remote_code=True)
     card = (folder / "README.md").read_text()
     assert card == render_student_card(values)
     assert len(numbers_in(card)) > 40
     assert values["others"] and values["changes"] and values["latency_ms"]
-    assert unexplained(card, values) == []
+    assert unexplained_of_student(card, values) == []
     forged = card.replace("82.5 ± 6.1", "84.5 ± 6.1")
-    assert forged != card and unexplained(forged, values) == ["84.5"]
+    assert forged != card and unexplained_of_student(forged, values) == ["84.5"]
 
 
 def test_every_number_of_facts_given_by_hand_is_among_them():
-    assert unexplained(card_of({}), student()) == []
+    assert unexplained_of_student(card_of({}), student()) == []
 
 
 def test_numbers_follow_the_facts():
@@ -144,6 +130,18 @@ def test_scores_that_say_little_are_pointed_out():
     assert not re.search("may be guessing|No worse than|cannot be computed", strong)
 
 
+def test_what_an_item_asks_is_said_where_it_is_not_its_class():
+    (task,) = student()["tasks"]
+    asked = "one-shot recognition among 17 classes"
+    card = card_of({}, tasks=[task | {"scored": asked}])
+    assert f"letters, accuracy in %; {asked}; chance: 50.0 %" in card
+    (result,) = read_metadata(card)["model-index"][0]["results"]
+    metric = result["metrics"][0]
+    assert (metric["type"], metric["name"]) == ("accuracy", f"accuracy, {asked}, 350 items")
+    assert unexplained_of_student(card, student()) == ["17", "17"], "the classes of an episode are a fact as any other"
+    assert card_of({}, tasks=[task | {"scored": None}]) == card_of({})
+
+
 def test_nothing_is_said_of_speed_that_was_not_measured():
     assert "Speed and memory: not measured." in card_of({}, latency_ms={})
     assert "Memory: not measured." in card_of({})
@@ -177,8 +175,8 @@ def test_a_prompt_of_the_teacher_is_told_with_its_size_and_digest():
     card = card_of({}, prompt=prompt)
     section = card.split("## How it was taught")[1].split("\n## ")[0]
     assert f"a prompt of 8642 tokens before every item (sha256 `{prompt['sha256']}`); the student reads none" in section
-    assert "is not timed" in card and unexplained(card, student() | {"prompt": prompt}) == []
-    assert unexplained(card, student()) != []
+    assert "is not timed" in card and unexplained_of_student(card, student() | {"prompt": prompt}) == []
+    assert unexplained_of_student(card, student()) != []
     assert "prompt" not in card_of({}).lower() and card_of({}, prompt=None) == card_of({})
 
 
@@ -205,7 +203,7 @@ def test_hostile_text_is_shown_and_not_obeyed(one, two):
         "command": one,
         "latency_ms": {two: 3.0},
         "transfer": [data | {"name": one, "labels": two}],
-        "tasks": [task | {"name": two, "metric": one}],
+        "tasks": [task | {"name": two, "metric": one, "scored": one}],
         "teacher": student()["teacher"] | {"name": one, "licence": two.strip() or "x"},
         "start": student()["start"] | {"name": two, "revision": one},
         "remote_code": True,
@@ -274,6 +272,25 @@ def test_a_student_without_a_score_has_no_card(found):
     models = {who: model | {"score": {}} for who, model in found["models"].items()}
     with pytest.raises(CardError, match="promises nothing"):
         student_values(found | {"models": models}, "a/b")
+
+
+def test_a_student_of_embeddings_says_what_it_was_asked_and_taught_by(found):
+    embeds = found | {"task": "image-embedding", "loss": {"alpha": 0.0, "hidden": 0.0, "relation": 0.5}}
+    models = {who: {**m, "score": m["score"] | {"nll": None, "scored": "by eye"}} for who, m in found["models"].items()}
+    values = student_values(embeds | {"models": models}, "a/b")
+    assert values["transfer"][0]["labels"] == "the teacher's embeddings" and values["tasks"][0]["scored"] == "by eye"
+    assert values["pipeline_tag"] == "image-feature-extraction"
+    assert student_values(found, "a/b")["tasks"][0]["scored"] is None
+    unscored = {who: model | {"score": {}} for who, model in found["models"].items()}
+    with pytest.raises(CardError, match="give its test labels"):
+        student_values(embeds | {"models": unscored}, "a/b")
+
+
+def test_first_weights_that_were_not_measured_are_called_so(found):
+    models = {who: model for who, model in found["models"].items() if who != "student, before"}
+    values = student_values(found | {"models": models}, "a/b")
+    assert values["tasks"][0]["start"] is None
+    assert "| student, before it was taught |  | not measured |" in render_student_card(values)
 
 
 def test_first_weights_of_another_model_have_a_licence_of_their_own(found):

@@ -13,7 +13,16 @@ from hf_qep.distill.said import take_said
 from hf_qep.distill.samples import IGNORED
 from hf_qep.errors import ConfigError
 from hf_qep.search.scoring import auc_error, can_score, score, score_said
-from tests.distill.tasks import TASKS, language_model, questions, sentences, text_classifier, texts
+from tests.distill.tasks import (
+    TASKS,
+    image_encoder,
+    images,
+    language_model,
+    questions,
+    sentences,
+    text_classifier,
+    texts,
+)
 
 
 def test_a_classifier_is_scored_row_by_row():
@@ -57,10 +66,32 @@ def test_rows_without_a_label_are_left_out():
 
 @pytest.mark.parametrize("name", ["embeddings", "scenes"])
 def test_tasks_without_right_answers_are_refused(name):
-    model, rows = TASKS[name]
-    assert not can_score(rows(4))
+    model, rows = TASKS[name][0], TASKS[name][1](4)
+    rows = replace(rows, labels=None) if name == "embeddings" else rows
+    assert not can_score(rows)
     with pytest.raises(ConfigError, match="cannot be scored"):
-        score(model(), rows(4))
+        score(model(), rows)
+    with pytest.raises(ConfigError, match="are scored by"):
+        score_said(take_said(model(), rows), rows)
+
+
+def test_an_embedding_is_scored_by_one_shot_recognition():
+    """Among the three classes of the rows, whose brightness the tiny encoder sees, with the same questions for all."""
+    model, data = image_encoder(), images(40, task="image-embedding")
+    found = score(model, data, batch_size=7)
+    said = found.summary()
+    assert found.nll is None and found.chance == pytest.approx(1 / 3) and len(found.correct) == said["answers"] == 40
+    assert (said["nll"], said["nll_stderr"], said["auc"], said["auc_stderr"]) == (None,) * 4
+    assert said["majority"] == found.chance and said["accuracy"] == found.correct.float().mean().item() > 0.5
+    assert said["scored"].startswith("one-shot recognition among 3 classes")
+    told = score_said(take_said(model, data, batch_size=7), data)
+    assert torch.equal(told.correct, found.correct) and told.chance == found.chance
+    assert "scored" not in score(text_classifier(), sentences(8)).summary()
+
+
+def test_rows_of_an_embedding_without_two_of_a_class_are_not_scored():
+    data = images(3, task="image-embedding")
+    assert not can_score(data) and can_score(images(4, task="image-embedding"))
 
 
 @given(st.floats(0, 1), st.integers(1, 500), st.integers(1, 500))

@@ -19,7 +19,8 @@ from hf_qep.hub.cards.escape import inline, is_repo_id
 
 TEACHER, BEFORE, SUBJECT = "teacher", "student, before", "student"
 """Names in `models`; those of others are shown as they are."""
-_PIPELINES = {"causal-lm": "text-generation", "image-embedding": "image-feature-extraction"}
+_EMBEDDING = "image-embedding"
+_PIPELINES = {"causal-lm": "text-generation", _EMBEDDING: "image-feature-extraction"}
 _NOT_FOR = "anything that is unlike the rows it learned from"
 _WORDS = "qwordsofthepublisherq"
 """In the place of what the publisher says the student is for; stands in no template."""
@@ -89,7 +90,10 @@ def named_in(card: str) -> str:
 def _values(found: dict[str, Any], name: str, specialised_for: str | None, remote_code: bool) -> dict[str, Any]:
     models, made = found["models"], found["made_of"]
     if not models[SUBJECT]["score"]:
-        raise CardError(f"a student of {found['task']} has no score by items, and a card without one promises nothing")
+        more = "; give its test labels, two rows of a class at least" if found["task"] == _EMBEDDING else ""
+        raise CardError(
+            f"a student of {found['task']} has no score by items, and a card without one promises nothing{more}"
+        )
     data = _data_name(found["data"])
     times = {who: models[who]["latency_ms"] for who in (TEACHER, SUBJECT)}
     return {
@@ -103,16 +107,17 @@ def _values(found: dict[str, Any], name: str, specialised_for: str | None, remot
         "teacher": _party(found, TEACHER),
         "start": start_of(found),
         "student": _party(found, SUBJECT) | {"name": name},
-        "transfer": [{"name": data, "examples": found["rows"]["train"], "labels": _taught_by(found["loss"])}],
+        "transfer": [{"name": data, "examples": found["rows"]["train"], "labels": _taught_by(found)}],
         "tasks": [
             {
                 "name": found.get("test") or found["data"],
                 "metric": "accuracy",
                 "chance": models[SUBJECT]["score"]["majority"],
                 "teacher": _accuracy(models[TEACHER]),
-                "start": _accuracy(models[BEFORE]),
+                "start": _accuracy(models[BEFORE]) if BEFORE in models else None,
                 "student": _accuracy(models[SUBJECT]),
                 "retention": found["retention"],
+                "scored": models[SUBJECT]["score"].get("scored"),
             }
         ],
         "others": [
@@ -164,11 +169,12 @@ def _data_name(data: str) -> str:
     return name if "/" in name and is_repo_id(name) else data
 
 
-def _taught_by(loss: dict[str, Any]) -> str:
-    """What a student learned from, in words."""
+def _taught_by(found: dict[str, Any]) -> str:
+    """What a student learned from, in words. An embedding's relations are those between embeddings."""
+    loss, embeds = found["loss"], found["task"] == _EMBEDDING
     parts = ["given labels"] if loss["alpha"] > 0 else []
-    parts += ["the teacher's probabilities"] if loss["alpha"] < 1 else []
-    parts += ["the teacher's hidden states"] if loss["hidden"] > 0 or loss["relation"] > 0 else []
+    parts += [f"the teacher's {'embeddings' if embeds else 'probabilities'}"] if loss["alpha"] < 1 else []
+    parts += ["the teacher's hidden states"] if loss["hidden"] > 0 or (loss["relation"] > 0 and not embeds) else []
     return " and ".join(parts)
 
 

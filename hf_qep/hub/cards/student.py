@@ -36,6 +36,7 @@ class StudentTask:
     start: Annotated[Estimate | None, "score of the student before it was taught; null if not measured"]
     student: Annotated[Estimate, "score of the student"]
     retention: Annotated[Retention, "what the student has of the teacher's score"]
+    scored: Annotated[str | None, "what an item asks, in words; null: its class"] = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def student_metadata(facts: StudentFacts, base: BaseFacts | None = None) -> Any:
             dataset_type=_on_hub(task.name.partition(":")[0]) or "local",
             metric_type=task.metric,
             metric_value=task.student.value,
-            metric_name=f"{task.metric}, {task.student.n} items",
+            metric_name=", ".join(filter(None, (task.metric, task.scored, f"{task.student.n} items"))),
         )
         for task in facts.tasks
     ]
@@ -236,7 +237,8 @@ def _scores(task: StudentTask, others: tuple[OtherModel, ...]) -> Markdown:
         [Markdown("**this student**"), shown(task.student.n), _score(task.student), *kept],
     ]
     chance = f"; chance: {percent(task.chance)}" if task.chance is not None else ""
-    head = words("{task}, {metric} in %{chance}", task=task.name, metric=task.metric, chance=chance)
+    asked = f"; {task.scored}" if task.scored else ""
+    head = words("{task}, {metric} in %{asked}{chance}", task=task.name, metric=task.metric, asked=asked, chance=chance)
     return table([head, "items", "score", "of the teacher's", "of it above chance"], rows, numbers=range(1, 5))
 
 
