@@ -4,10 +4,11 @@
     python scripts/demo_unseen.py --work runs/unseen-quick --preset quick
     python scripts/demo_unseen.py --work runs/unseen --fetch   (without a folder of data: it is fetched)
 
-A teacher learns to tell handwritten characters apart, students of the same latency are distilled from it on five
-alphabets, and all are asked to recognise characters of other alphabets from one drawing each. With CIFAR-10 classes
-are held out as further evidence, and a detector finds and names characters that it never saw. A run that was stopped
-goes on where it was. In the folder: results.json, report.md, a plot per task, and per task the teacher and our student.
+A teacher learns to tell handwritten characters apart, students of the same latency are distilled from it on two
+alphabets, Greek and Latin, and all are asked to recognise characters of other alphabets from one drawing each. With
+CIFAR-10 classes are held out as further evidence, and a detector finds and names characters that it never saw. A run
+that was stopped goes on where it was. In the folder: results.json, report.md, a plot per task, per task the teacher and
+our student, and in space/ our student of the characters as it can be published, with its record and its card.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from unseen import show
 from unseen.detection import PART as DETECTION
 from unseen.detection import detect
 from unseen.fetch import fetch_omniglot, fetch_photos
-from unseen.material import load_material
 from unseen.offer import offer
 from unseen.outcome import summary
 from unseen.pipeline import Job, run_task
@@ -74,7 +74,7 @@ def run_part(
     results["summary"] = summary(results)
     show.draw(results, results["summary"], arguments.work / f"{part}.svg")
     if part == TASKS[0]:
-        offer(load_material(preset, data).runs, job.folder, arguments.work / "space")
+        offer(job, results, arguments.work / "space", progress=progress)
     return results, show.table(results, results["summary"])
 
 

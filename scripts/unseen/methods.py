@@ -74,17 +74,23 @@ def student_for(method: Method, teacher: Any, shrunk: Shrunk, folder: Path, seed
 def taught(method: Method, student: Any, lesson: Lesson, plan: StudentPlan, seed: int) -> Any:
     """Teach a student in place, and return it in eval mode. All methods get the same rows, steps, batches and rate."""
     if method.loss in LOSSES:
-        options = {"steps": plan.steps, "batch_size": plan.batch, "learning_rate": plan.rate, "seed": seed}
-        return teach(student, lesson, method.loss, **options, bank_temperature=plan.temperature)
+        return teach(student, lesson, method.loss, **schedule(plan, seed), bank_temperature=plan.temperature)
     train_student(
         student,
         TaskData(EMBEDDING, {"pixel_values": lesson.pixels}),
         teacher=Said(embedding=lesson.teacher),
-        loss=DistillLoss(alpha=0.0, relation=plan.relation, bank_temperature=plan.temperature),
+        loss=bank_loss(plan),
         prototypes=lesson.bank,
-        steps=plan.steps,
-        batch_size=plan.batch,
-        learning_rate=plan.rate,
-        seed=seed,
+        **schedule(plan, seed),
     )
     return student.eval()
+
+
+def bank_loss(plan: StudentPlan) -> DistillLoss:
+    """Our loss."""
+    return DistillLoss(alpha=0.0, relation=plan.relation, bank_temperature=plan.temperature)
+
+
+def schedule(plan: StudentPlan, seed: int) -> dict[str, Any]:
+    """How long and how fast any student learns."""
+    return {"steps": plan.steps, "batch_size": plan.batch, "learning_rate": plan.rate, "seed": seed}

@@ -67,12 +67,12 @@ def run_task(job: Job, *, workers: int = 2, progress: Progress = SILENT) -> dict
         teacher = kept_teacher(job, task, progress)
     score = task.judge(teacher)
     with clock("lessons"):
-        missing = [seed for seed in range(task.seeds) if not _lesson_path(job, seed).exists()]
+        missing = [seed for seed in range(task.seeds) if not lesson_path(job, seed).exists()]
         for _ in _pooled(job, _write_lesson, missing, workers):
             pass
     torch.set_num_threads(1)
     with clock("search"):
-        pixels, plan = Lesson.load(_lesson_path(job, 0)).pixels, task.plan
+        pixels, plan = Lesson.load(lesson_path(job, 0)).pixels, task.plan
         shrunk = shrink(teacher, pixels, task.search, job.folder, relation=plan.relation, progress=progress)
     journal = Journal(job.folder / UNITS, _fingerprint(job, task, teacher, shrunk))
     with clock("students"):
@@ -142,7 +142,7 @@ def _unit(unit: tuple[str, Method, int]) -> dict[str, Any]:
     began, folder = time.monotonic(), job.folder
     shrunk = Shrunk.from_dict(json.loads((folder / "shrunk.json").read_text(encoding="utf-8")))
     student = student_for(method, teacher, shrunk, folder, seed)
-    taught(method, student, Lesson.load(_lesson_path(job, seed)), task.plan, seed)
+    taught(method, student, Lesson.load(lesson_path(job, seed)), task.plan, seed)
     seconds = time.monotonic() - began
     if (name, seed) == (OURS, 0):
         options = {"spec": shrunk.spec, "teacher_name": TEACHER, "shape": teacher_shape(teacher), "overwrite": True}
@@ -153,7 +153,7 @@ def _unit(unit: tuple[str, Method, int]) -> dict[str, Any]:
 
 def _write_lesson(seed: int) -> None:
     job = _WORKER["job"]
-    _WORKER["task"].lesson(_WORKER["teacher"], seed).save(_lesson_path(job, seed))
+    _WORKER["task"].lesson(_WORKER["teacher"], seed).save(lesson_path(job, seed))
 
 
 def _pooled(job: Job, function: Any, items: Iterable[Any], workers: int) -> Iterator[Any]:
@@ -176,7 +176,8 @@ def _begin(job: Job) -> None:
     _WORKER.update(job=job, task=job.made(), teacher=load_student(job.folder / TEACHER))
 
 
-def _lesson_path(job: Job, seed: int) -> Path:
+def lesson_path(job: Job, seed: int) -> Path:
+    """What students of a seed learn from."""
     return job.folder / LESSONS / f"{seed}.safetensors"
 
 
@@ -191,7 +192,7 @@ def _note_preparation(folder: Path, model: Any) -> None:
 
 def _fingerprint(job: Job, task: Task, teacher: Any, shrunk: Shrunk) -> dict[str, Any]:
     """What every line of the journal depends on."""
-    lesson = hashlib.sha256(_lesson_path(job, 0).read_bytes()).hexdigest()
+    lesson = hashlib.sha256(lesson_path(job, 0).read_bytes()).hexdigest()
     settings = {"preset": job.preset.to_dict(), "plan": asdict(task.plan), "spec": shrunk.spec.to_dict()}
     return settings | {"teacher": teacher_fingerprint(teacher), "usual": shrunk.usual.to_dict(), "lesson": lesson}
 

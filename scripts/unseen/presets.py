@@ -1,5 +1,6 @@
 """How much of everything: a test of seconds (`quick`), what the page reports (`default`), the same with five alphabets
-seen instead of two (`five`), and more for those who have hours (`full`)."""
+seen instead of two (`five`), with students that learn five times as long (`long`), and more for those who have hours
+(`full`)."""
 
 from __future__ import annotations
 
@@ -120,4 +121,8 @@ def _five() -> Preset:
     return replace(Preset("five"), seen=("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin"), cifar=None)
 
 
-PRESETS = {"quick": _quick, "default": lambda: Preset("default"), "five": _five, "full": _full}
+def _long() -> Preset:
+    return replace(Preset("long"), student=StudentPlan(steps=1500), seeds=2, cifar=None)
+
+
+PRESETS = {"quick": _quick, "default": lambda: Preset("default"), "five": _five, "long": _long, "full": _full}

@@ -43,7 +43,7 @@ class Task(Protocol):
 
 
 class Characters:
-    """Omniglot: five alphabets are seen, others are not."""
+    """Omniglot: some alphabets are seen, others are not."""
 
     name, measure = "omniglot", "official"
 
