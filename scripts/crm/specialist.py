@@ -14,7 +14,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,36 @@ LABELS = DistillLoss(alpha=1.0)
 
 
 @dataclass(frozen=True)
+class Mix:
+    """alpha: share of the labels in what a student learns. as_it_answers: the teacher's part is what it says, which
+    neither labels nor their share among the rows put right."""
+
+    alpha: float
+    as_it_answers: bool = False
+
+    def loss(self) -> dict[str, Any]:
+        """Fields of DistillLoss."""
+        return {"alpha": self.alpha, "label_correction": not self.as_it_answers}
+
+    def told(self) -> str:
+        """A sentence."""
+        put_right = "as it answers" if self.as_it_answers else "calibrated and put right by the labels"
+        return (
+            f"The student learns {self.alpha:.0%} from labels and {1 - self.alpha:.0%} from the teacher, {put_right}."
+        )
+
+
+FROM_LABELS = Mix(1.0)
+
+
+@dataclass(frozen=True)
 class Plan:
     """How much is done. seeds: of each method, by name; 0 leaves it out. tuned_rows, tuned_epochs: of the teacher.
     widths: of the student's residual stream. least_layers: below two nothing can weigh one column by another, which
     short distillations do not miss. judge_rows, trials, proxy_steps, climbers: of the search. epochs, rate,
-    batch: of the student. alphas: shares of the labels in what it learns, of which the area under the curve on the
-    validation rows chooses. bits_epochs: of the 1-bit student. room: tokens
-    of prompt and row together. share: how many times fewer parameters than the teacher a student has."""
+    batch: of the student. mixes: what it may learn from, of which the area under the curve on the validation rows
+    chooses. bits_epochs: of the 1-bit student. room: tokens of prompt and row together. share: how many times fewer
+    parameters than the teacher a student has."""
 
     sizes: Sizes
     seeds: dict[str, int]
@@ -76,7 +99,7 @@ class Plan:
     epochs: float = 6.0
     rate: float = 4e-3
     batch: int = 64
-    alphas: tuple[float, ...] = (0.2, 0.5, 0.8)
+    mixes: tuple[Mix, ...] = (Mix(0.2), Mix(0.5), Mix(0.8))
     bits_epochs: float = 3.0
     room: int = 448
     share: int = 100
@@ -123,12 +146,13 @@ class Specialist:
         return json.loads(self._path(baseline, 0).with_suffix(".json").read_text(encoding="utf-8"))
 
     def told(self) -> str:
-        """How many examples the teacher was shown."""
+        """How many examples the teacher was shown, and what the student learned from."""
         shots = [
             json.loads((self.folder / "rows" / f"shots-{number}.json").read_text(encoding="utf-8"))["shots"]
             for number in range(self._seeds(FEW_SHOT))
         ]
-        return f" Examples in the teacher's prompt: {', '.join(map(str, shots))}." if shots else ""
+        shown = f" Examples in the teacher's prompt: {', '.join(map(str, shots))}." if shots else ""
+        return shown + (f" {self.mix.told()}" if self._seeds(STUDENT) else "")
 
     def once(self, name: str, seed: int, make: Callable[[], tuple[np.ndarray, np.ndarray]]) -> None:
         """What a method says about validation and test rows, as a file, unless it is there."""
@@ -183,23 +207,24 @@ class Specialist:
     @cached_property
     def lesson(self) -> Lesson:
         """That student before it learns, with its rows."""
-        return Lesson(self.opened, begin(self.opened, self.choice), self._teaching(0, alpha=1.0), self.progress)
+        return Lesson(self.opened, begin(self.opened, self.choice), self._teaching(0, FROM_LABELS), self.progress)
 
     @cached_property
-    def alpha(self) -> float:
-        """The share of the labels that the first student is best with."""
-        path = self.folder / "alpha.json"
+    def mix(self) -> Mix:
+        """What the first student is best with."""
+        path = self.folder / "mix.json"
         if not path.exists():
-            alphas = self.plan.alphas
-            areas = {alpha: self._area(alpha) for alpha in alphas} if len(alphas) > 1 else {}
-            chosen = max(alphas, key=lambda alpha: areas.get(alpha, 0.0))
-            write_text_aside(path, json.dumps({"alpha": chosen, "validation AUC": areas}) + "\n")
-        return json.loads(path.read_text(encoding="utf-8"))["alpha"]
+            mixes = self.plan.mixes
+            areas = [self._area(mix) for mix in mixes] if len(mixes) > 1 else [0.0]
+            tried = [asdict(mix) | {"validation AUC": area} for mix, area in zip(mixes, areas, strict=True)]
+            best = asdict(mixes[areas.index(max(areas))])
+            write_text_aside(path, json.dumps({"chosen": best, "tried": tried}, indent=1) + "\n")
+        return Mix(**json.loads(path.read_text(encoding="utf-8"))["chosen"])
 
-    def _area(self, alpha: float) -> float:
+    def _area(self, mix: Mix) -> float:
         start = copy.deepcopy(self.lesson.start)
-        lesson = Lesson(self.opened, start, self._teaching(0, alpha=alpha), self.progress)
-        student, _ = lesson.teach(start.student, replace(DistillLoss(), alpha=alpha), f"alpha-{alpha:g}")
+        lesson = Lesson(self.opened, start, self._teaching(0, mix), self.progress)
+        student, _ = lesson.teach(start.student, DistillLoss(**mix.loss()), f"mix-{mix.alpha:g}-{mix.as_it_answers:d}")
         lesson.forget()
         said = self._says(student, start.rows(self.valid))
         return area_under_curve(said, self.table.valid.yes)
@@ -236,7 +261,7 @@ class Specialist:
             storage=None,
         )
 
-    def _teaching(self, seed: int, epochs: float | None = None, alpha: float | None = None) -> Teaching:
+    def _teaching(self, seed: int, mix: Mix, epochs: float | None = None) -> Teaching:
         plan = self.plan
         schedule = {
             "epochs": epochs or plan.epochs,
@@ -245,7 +270,7 @@ class Specialist:
             "accumulate": 1,
             "seed": seed,
         }
-        return Teaching({"alpha": self.alpha if alpha is None else alpha}, schedule, resume=True)
+        return Teaching(mix.loss(), schedule, calibrate=False if mix.as_it_answers else None, resume=True)
 
     def _baseline(self, name: str, seed: int) -> None:
         def make() -> tuple[np.ndarray, np.ndarray]:
@@ -285,12 +310,13 @@ class Specialist:
         """Taught and saved as it is published, with what a card says of it."""
         out = self.folder / f"student-{seed}"
         if not (out / "distillation.json").exists():
-            train(self.opened, self.choice, None, self._teaching(seed), out, overwrite=True, progress=self.progress)
+            teaching = self._teaching(seed, self.mix)
+            train(self.opened, self.choice, None, teaching, out, overwrite=True, progress=self.progress)
         return self._student_says(load(self.opened, str(out)))
 
     def _alone(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         start = copy.deepcopy(self.lesson.start)
-        lesson = Lesson(self.opened, start, self._teaching(seed, alpha=1.0), self.progress)
+        lesson = Lesson(self.opened, start, self._teaching(seed, FROM_LABELS), self.progress)
         student, _ = lesson.teach(start.student, LABELS, f"alone-{seed}")
         lesson.forget()
         return self._student_says(replace(start, student=student))
@@ -302,7 +328,7 @@ class Specialist:
             quantize_student(source, packed, self.lesson)
         out = self.folder / f"one-bit-{seed}"
         if not (out / "distillation.json").exists():
-            teaching = self._teaching(seed, self.plan.bits_epochs)
+            teaching = self._teaching(seed, self.mix, self.plan.bits_epochs)
             train(self.opened, None, str(packed), teaching, out, overwrite=True, progress=self.progress)
         return self._student_says(load(self.opened, str(out)))
 

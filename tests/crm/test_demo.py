@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from crm import page
+from crm.presets import PRESETS
 from crm.prompts import asked
 from crm.specialist import METHODS
 from crm.tabular import BASELINES
-from demo_crm import PRESETS, run
+from demo_crm import run
 
 from hf_qep.distill.reading import answer_tokens
 from hf_qep.distill.records import RecordText
@@ -23,14 +24,14 @@ from hf_qep.students.saving import load_student
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     work = tmp_path_factory.mktemp("demo")
-    return work, run(PRESETS["quick"], work, Path("nowhere"), ["world"], workers=0, quiet=True)
+    return work, run(PRESETS["quick"](), work, Path("nowhere"), ["world"], workers=0, quiet=True)
 
 
 def test_every_method_has_its_row(done):
     _, results = done
     rows = results["tasks"]["world"]["rows"]
     assert set(rows) == {*BASELINES, *METHODS, page.RAW}
-    assert rows["student"]["parameters"] * PRESETS["quick"].plans["world"].share <= rows[page.TEACHER]["parameters"]
+    assert rows["student"]["parameters"] * PRESETS["quick"]().plans["world"].share <= rows[page.TEACHER]["parameters"]
     assert rows[page.TEACHER]["prompt_tokens"] > rows["student"]["prompt_tokens"]
     assert rows[page.TEACHER]["memory_mb"] > rows["student"]["memory_mb"] > rows["student 1-bit"]["memory_mb"]
     assert [point["shots"] for point in results["teacher_skill"]] == [0, 2, 4, 8]
@@ -45,7 +46,7 @@ def test_what_was_done_is_not_done_again(done):
     lost = answers / "student-without-distillation.0.npz"
     kept = np.load(lost)["test"]
     lost.unlink()
-    again = run(PRESETS["quick"], work, Path("nowhere"), ["world"], workers=0, quiet=True)
+    again = run(PRESETS["quick"](), work, Path("nowhere"), ["world"], workers=0, quiet=True)
     after = {path.name: path.stat().st_mtime_ns for path in answers.iterdir()}
     assert {name for name in after if after[name] != before.get(name)} == {lost.name}
     np.testing.assert_array_equal(np.load(lost)["test"], kept)
@@ -76,7 +77,7 @@ def test_the_student_reads_a_deal_as_the_demonstration_does(done):
     line = json.loads((work / "world" / "rows" / "test.jsonl").read_text().splitlines()[0])
     from crm.tasks import Sizes, world_table
 
-    plan = PRESETS["quick"].plans["world"]
+    plan = PRESETS["quick"]().plans["world"]
     row = world_table(Sizes(plan.sizes.train, plan.sizes.valid, plan.sizes.test)).test.rows[0]
     assert asked(records.text(row)) == line["prompt"]
     ids = torch.tensor([tokenizer(line["prompt"])["input_ids"]])
