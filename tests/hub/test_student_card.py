@@ -19,6 +19,7 @@ from hf_qep.hub.allowed import DISTILLATION
 from hf_qep.hub.base import read_metadata
 from hf_qep.hub.cards.card import card_problems, render_student_card
 from hf_qep.hub.cards.distilled import rendered_again, student_values, unsealed, write_student_card
+from hf_qep.hub.cards.facts import gather
 from tests.hub.card_checkpoints import numbers_in, student, unexplained_of_student
 from tests.hub.students import STUDENT_REPO, WORDS, make_student
 from tests.hub.test_card_escape import HOSTILE, as_page
@@ -32,6 +33,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     return json.loads((folder / DISTILLATION).read_text())
+
+
+def test_the_command_for_cards_of_quantised_models_names_that_for_students(folder):
+    with pytest.raises(CardError, match="is a student.*hf-qep distill report"):
+        gather(folder)
 
 
 def card_of(facts: dict[str, Any], **changes: Any) -> str:

@@ -17,7 +17,7 @@ from hf_qep.evaluation.divergence import TextScore
 from hf_qep.evaluation.record import EvalRecord
 from hf_qep.evaluation.samples import Samples
 from hf_qep.files import sha256
-from hf_qep.hub.allowed import LOADER, kind_of, list_files
+from hf_qep.hub.allowed import DISTILLATION, LOADER, kind_of, list_files
 from hf_qep.hub.base import BaseFacts
 from hf_qep.hub.cards.baselines import Baseline, read_baselines
 from hf_qep.hub.cards.escape import is_repo_id
@@ -25,6 +25,7 @@ from hf_qep.hub.cards.manifest import Manifest
 from hf_qep.hub.licences import LicenceDecision, decide
 from hf_qep.hub.preflight import RECORD, SAMPLES, LocalFile, record_problems
 from hf_qep.hub.remote import HubRefusal, Remote
+from hf_qep.hub.student_folder import CARD_COMMAND
 from hf_qep.progress import SILENT, Progress
 
 
@@ -142,6 +143,8 @@ def gather(
     if not (folder / "config.json").is_file():
         raise CardError(f"{folder.name!r} is no checkpoint of hf_qep; give the folder that hf-qep quantize wrote")
     if not (folder / RECORD).is_file():
+        if (folder / DISTILLATION).is_file():
+            raise CardError(f"{folder.name!r} is a student, whose card another command writes; run: {CARD_COMMAND}")
         raise CardError(
             f"{folder.name!r} has no {RECORD!r}, and a card states only what was measured; run: hf-qep eval"
         )
