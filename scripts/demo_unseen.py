@@ -55,7 +55,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         write_text_aside(arguments.work / f"{part}.md", text)
         say(arguments, f"{text}\n{part}: {time.monotonic() - began:.0f} s")
         if arguments.page:
-            show.insert(PAGE, part, text)
+            show.insert(PAGE, part if preset.name == "default" else f"{part}-{preset.name}", text)
     whole = {"preset": preset.to_dict(), "machine": machine(), "parts": found}
     write_text_aside(arguments.work / "results.json", json.dumps(whole, indent=1) + "\n")
     write_text_aside(arguments.work / "report.md", "\n".join(report(arguments.work, list(found))))

@@ -44,6 +44,7 @@ from hf_qep.engine.source import load_processor
 from hf_qep.files import write_text_aside
 from hf_qep.progress import SILENT, Progress
 from hf_qep.search.costs import Choice
+from hf_qep.search.scoring import auc_error
 from hf_qep.students.saving import load_student
 
 METHODS = (FEW_SHOT, STUDENT, ALONE, ONE_BIT, TUNED)
@@ -79,10 +80,10 @@ FROM_LABELS = Mix(1.0)
 class Plan:
     """How much is done. seeds: of each method, by name; 0 leaves it out. tuned_rows, tuned_epochs: of the teacher.
     widths: of the student's residual stream. least_layers: below two nothing can weigh one column by another, which
-    short distillations do not miss. judge_rows, trials, proxy_steps, climbers: of the search. epochs, rate,
-    batch: of the student. mixes: what it may learn from, of which the area under the curve on the validation rows
-    chooses. bits_epochs: of the 1-bit student. room: tokens of prompt and row together. share: how many times fewer
-    parameters than the teacher a student has."""
+    short distillations do not miss. judge_rows, trials, proxy_steps, climbers: of the search. epochs, rate, batch: of
+    the student. mixes: what it may learn from, those that lean least on labels first; the area under the curve on the
+    validation rows chooses. bits_epochs: of the 1-bit student. room: tokens of prompt and row together. share: how many
+    times fewer parameters than the teacher a student has."""
 
     sizes: Sizes
     seeds: dict[str, int]
@@ -211,14 +212,15 @@ class Specialist:
 
     @cached_property
     def mix(self) -> Mix:
-        """What the first student is best with."""
+        """The first of the plan that is within a standard error of the best, by the area on the validation rows."""
         path = self.folder / "mix.json"
         if not path.exists():
-            mixes = self.plan.mixes
-            areas = [self._area(mix) for mix in mixes] if len(mixes) > 1 else [0.0]
+            mixes, yes = self.plan.mixes, self.table.valid.yes
+            areas = [self._area(mix) for mix in mixes] if len(mixes) > 1 else [0.5]
+            least = max(areas) - auc_error(max(areas), int(yes.sum()), int((~yes).sum()))
             tried = [asdict(mix) | {"validation AUC": area} for mix, area in zip(mixes, areas, strict=True)]
-            best = asdict(mixes[areas.index(max(areas))])
-            write_text_aside(path, json.dumps({"chosen": best, "tried": tried}, indent=1) + "\n")
+            chosen = next(mix for mix, area in zip(mixes, areas, strict=True) if area >= least)
+            write_text_aside(path, json.dumps({"chosen": asdict(chosen), "tried": tried}, indent=1) + "\n")
         return Mix(**json.loads(path.read_text(encoding="utf-8"))["chosen"])
 
     def _area(self, mix: Mix) -> float:
