@@ -101,7 +101,7 @@ def _locate(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
         if not any(c in modules or c in parameters for c in candidates):
             if renamings is None:
                 renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-            candidates.append(_loaded_name(f"{name}.weight", model, renamings, parameters).removesuffix(".weight"))
+            candidates.append(loaded_name(f"{name}.weight", model, renamings, parameters).removesuffix(".weight"))
         found = next((c for c in candidates if c in modules or c in parameters), None)
         if found is None:
             continue
@@ -199,14 +199,14 @@ def _headers(model: PreTrainedModel, files: Sequence[str], transforms: Sequence[
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118  (not a mapping)
                     entry = tensors.get_slice(key)
-                    name = _loaded_name(key, model, transforms, expected)
+                    name = loaded_name(key, model, transforms, expected)
                     headers[name] = (tuple(entry.get_shape()), entry.get_dtype())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file!r} is not a readable safetensors file: {error}") from error
     return headers
 
 
-def _loaded_name(
+def loaded_name(
     key: str, model: PreTrainedModel, transforms: Sequence[WeightTransform], expected: dict[str, Any]
 ) -> str:
     """Name under which transformers will load the tensor `key` of a file."""

@@ -6,6 +6,14 @@ from torch import Tensor, nn
 
 from hf_qep.architectures.parts import LinearRef
 
+ON_DEMAND = "_qep_on_demand"
+"""Attribute of a module whose weights are on meta, and read from their files whenever it is called."""
+
+
+def on_demand(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of a model whose weights are read when it is called."""
+    return {name: module for name, module in model.named_modules() if getattr(module, ON_DEMAND, False)}
+
 
 def get_weight(model: nn.Module, ref: LinearRef) -> Tensor:
     """Weight (out, in) as a view without gradient, in the model's dtype: writing into it changes the model."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_qep.architectures.access import get_weight, on_demand
 from hf_qep.architectures.families import LANGUAGE_MODEL
 from hf_qep.architectures.linears import input_key
 from hf_qep.architectures.observe import LinearObserver
@@ -75,7 +76,10 @@ def trace_forward(model: PreTrainedModel, sample: dict[str, Tensor], weights: di
         if ref.expert is not None or ref.name in running:
             trace.products.append((ref, trace.key(x)))
 
+    observer = LinearObserver(weights, see)
     with ExitStack() as undo:
+        for name, member in on_demand(model).items():
+            undo.enter_context(_learnt(observer, model, name, member, weights))
         for ref in weights:
             if ref.expert is None:
                 undo.enter_context(_marked_running(running, ref.name, model.get_submodule(ref.name)))
@@ -84,7 +88,7 @@ def trace_forward(model: PreTrainedModel, sample: dict[str, Tensor], weights: di
             members = model.get_submodule(name)
             for index, member in enumerate(members):
                 undo.enter_context(_watched(trace, name, index, index == len(members) - 1, member))
-        undo.enter_context(LinearObserver(weights, see))
+        undo.enter_context(observer)
         try:
             run_model(model, sample)
         except Exception as error:  # whatever the model's code raises, the sample does not suit it
@@ -160,6 +164,21 @@ def _ancestors(name: str) -> Iterator[str]:
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
+
+
+@contextmanager
+def _learnt(
+    observer: LinearObserver, model: nn.Module, name: str, member: nn.Module, refs: Iterable[LinearRef]
+) -> Iterator[None]:
+    """Let the observer know the weights of a member while it runs: they are in memory only then."""
+    inside = [ref for ref in refs if name in _ancestors(f"{ref.name}.")]
+    before = member.register_forward_pre_hook(lambda *_: observer.learn({r: get_weight(model, r) for r in inside}))
+    after = member.register_forward_hook(lambda *_: observer.forget(inside), always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
 
 
 @contextmanager

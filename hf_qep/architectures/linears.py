@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from hf_qep.architectures.access import get_weight
+from hf_qep.architectures.access import get_weight, on_demand
 from hf_qep.architectures.parts import LinearRef
 from hf_qep.errors import AlreadyQuantizedError, ArchitectureError, ConfigError
 
@@ -41,7 +41,9 @@ def _slices(name: str, module: nn.Module) -> Iterable[LinearRef]:
 
 
 def check_float(model: nn.Module) -> None:
-    """Raises AlreadyQuantizedError for packed weights, ArchitectureError for weights that are not in memory."""
+    """Raises AlreadyQuantizedError for packed weights, ArchitectureError for weights that are not in memory and are not
+    read when they are needed either."""
+    readable = {id(p) for module in on_demand(model).values() for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise AlreadyQuantizedError(
@@ -52,21 +54,28 @@ def check_float(model: nn.Module) -> None:
                 f"`{name}` is a {type(parameter.data).__name__}, not a plain tensor; "
                 "load the model without sharding and without another quantisation"
             )
-        if parameter.device.type == "meta":
+        if parameter.device.type == "meta" and id(parameter) not in readable:
             raise ArchitectureError(f"`{name}` is on the meta device; load the weights before quantising")
 
 
 def check_unshared(model: nn.Module, refs: Iterable[LinearRef]) -> None:
     """Raises ArchitectureError if a weight to quantise is also another parameter."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter.data_ptr(), []).append(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names.setdefault(_memory(parameter), []).append(name)
     for ref in refs:
-        if ref.expert in (None, 0) and len(shared := names[get_weight(model, ref).data_ptr()]) > 1:
+        parameter = parameters[ref.name if ref.expert is not None else f"{ref.name}.weight"]
+        if ref.expert in (None, 0) and len(shared := names[_memory(parameter)]) > 1:
             raise ArchitectureError(
                 f"`{shared[0]}` and `{shared[1]}` are one tensor; a shared weight cannot be quantised for two inputs, "
                 "so untie it or name one of them in skip_modules"
             )
+
+
+def _memory(parameter: Tensor) -> int:
+    """What two parameters have in common if they are one tensor; meta tensors have no address."""
+    return id(parameter) if parameter.is_meta else parameter.data_ptr()
 
 
 def skipped_by_user(model: nn.Module, names: Sequence[str], skip_modules: Sequence[str]) -> set[str]:

@@ -6,7 +6,7 @@ around them. A torch function mode sees every call, and the address of the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -58,8 +58,17 @@ class LinearObserver(TorchFunctionMode):
         super().__init__()
         self._callback, self._on_sum, self._on_output = callback, on_sum, on_output
         self._outputs: dict[LinearRef, Tensor] = {}
+        self._weights: dict[int, tuple[LinearRef, Tensor]] = {}
+        self.learn(weights)
+
+    def learn(self, weights: Mapping[LinearRef, Tensor]) -> None:
+        """Watch for these weights too; those on meta are not in memory and cannot be seen."""
         # The tensors are kept as well: an address is only unique while its tensor lives.
-        self._weights = {weight.data_ptr(): (ref, weight) for ref, weight in weights.items()}
+        self._weights |= {w.data_ptr(): (ref, w) for ref, w in weights.items() if not w.is_meta}
+
+    def forget(self, refs: Container[LinearRef]) -> None:
+        """Let go of the weights of these linears."""
+        self._weights = {at: found for at, found in self._weights.items() if found[0] not in refs}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, ref = kwargs or {}, None

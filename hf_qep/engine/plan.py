@@ -82,7 +82,7 @@ def plan_quantization(
     Raises ArchitectureError if the model has no chain of blocks, ConfigError for a recipe its widths cannot serve.
     """
     model = _empty(config, dtype)
-    chain = _chain(model)
+    chain = block_list(model)
     linears = _quantized(model, chain, recipe.skip_modules or ())
     tables = find_tables(model, recipe)
     bits = _linear_bits(model, linears, tables, recipe)
@@ -119,7 +119,7 @@ def count_operations(model: nn.Module, recipe: QepConfig) -> float:
 
     Raises ArchitectureError if the model has no chain of blocks.
     """
-    chain = _chain(model)
+    chain = block_list(model)
     linears = _quantized(model, chain, recipe.skip_modules or ())
     return _operations(model, linears, len(model.get_submodule(chain)), recipe)
 
@@ -140,8 +140,11 @@ def _empty(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     raise ArchitectureError(f"transformers has no model for the configuration {type(config).__name__}")
 
 
-def _chain(model: nn.Module) -> str:
-    """The list of modules with the most parameters; inside the language model if there is one."""
+def block_list(model: nn.Module) -> str:
+    """The list of modules with the most parameters; inside the language model if there is one.
+
+    Raises ArchitectureError if the model has no list of modules.
+    """
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and "experts" not in name}
     inside = {name: m for name, m in lists.items() if LANGUAGE_MODEL in name.split(".")}
     if not lists:

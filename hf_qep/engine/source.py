@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_qep.engine.headers import MANIFEST, MAX_DIMENSION, TensorEntry, check_links, read_headers, read_json
@@ -147,18 +149,29 @@ def original_of(folder: Path) -> tuple[str, str | None] | None:
     return name, revision if isinstance(revision, str) else None
 
 
-def check_finite(model: PreTrainedModel) -> None:
-    """Raise NonFiniteError naming the parameters that hold NaN or Inf."""
+def check_finite(model: nn.Module, prefix: str = "") -> None:
+    """Raise NonFiniteError naming the parameters in memory that hold NaN or Inf. prefix: of their names."""
     bad = [
-        name
+        f"{prefix}{name}"
         for name, tensor in model.named_parameters()
         if tensor.is_floating_point()
+        and not tensor.is_meta
         and not all(part.isfinite().all() for part in tensor.detach().flatten().split(FINITE_CHUNK))
     ]
     if bad:
         raise NonFiniteError(
             f"{len(bad)} weights hold NaN or Inf: {_some(bad)}; the checkpoint is damaged or overflowed in this dtype, "
             "download it again or load it as float32"
+        )
+
+
+def check_complete(model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Raise CheckpointError if files lack weights of a model that it needs. missing: names that were not found."""
+    needed = sorted(n for n in missing if not any(part in n.split(".") for part in OPTIONAL_PARTS))
+    if needed:
+        raise CheckpointError(
+            f"the files of {Path(model.name_or_path).name!r} lack {len(needed)} weights of {type(model).__name__}: "
+            f"{_some(needed)}; they would be random numbers"
         )
 
 
@@ -199,12 +212,7 @@ def load_float_model(
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
     )
-    missing = sorted(n for n in info["missing_keys"] if not any(part in n.split(".") for part in OPTIONAL_PARTS))
-    if missing:
-        raise CheckpointError(
-            f"the files of {folder.name!r} lack {len(missing)} weights of {type(model).__name__}: {_some(missing)}; "
-            "they would be random numbers"
-        )
+    check_complete(model, info["missing_keys"])
     check_finite(model)
     return model.eval().to(device), load_processor(folder, trust_remote_code=trust_remote_code)
 
