@@ -48,19 +48,27 @@ class BlockInputs:
 
 
 @torch.no_grad()
-def block_inputs(model: PreTrainedModel, structure: Structure, batches: Sequence[dict[str, Tensor]]) -> BlockInputs:
+def block_inputs(
+    model: PreTrainedModel,
+    structure: Structure,
+    batches: Sequence[dict[str, Tensor]],
+    keep: Callable[[Tensor], None] | None = None,
+) -> BlockInputs:
     """What the blocks get for each batch, found without running one.
+
+    keep: takes the input of the first block for each batch in turn, in the place of `first_hidden`.
 
     Each block hands its input on in the form in which it returns its output, and the last one ends the pass, so the
     cost is that of embeddings, masks and (for vision-language models) the vision tower. Caches are off. The blocks are
     put back in any case. Raises ArchitectureError if the model calls a block in a way that is not understood.
     """
     result = BlockInputs(calls=[[] for _ in structure.blocks])
+    keep = keep or result.first_hidden.append
     pool = TensorPool()
     with forward_only(model), ExitStack() as undo:
         for index, block in enumerate(structure.blocks):
             last = index == len(structure.blocks) - 1
-            recorder = _recorder(result, pool, index, None if last else _return_form(block))
+            recorder = _recorder(result, pool, index, keep, None if last else _return_form(block))
             undo.enter_context(_forward_replaced(model.get_submodule(block.name), recorder))
         for number, batch in enumerate(batches):
             pool.next_batch()
@@ -138,14 +146,18 @@ def forward_only(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _recorder(
-    result: BlockInputs, pool: TensorPool, index: int, form: Callable[[Tensor], Any] | None
+    result: BlockInputs,
+    pool: TensorPool,
+    index: int,
+    keep: Callable[[Tensor], None],
+    form: Callable[[Tensor], Any] | None,
 ) -> Callable[..., Any]:
     """Stand-in for the forward of block `index`. form: wraps the output; None ends the pass."""
 
     def record(*args: Any, **kwargs: Any) -> Any:
         hidden, call = split_call(args, kwargs)
         if index == 0:
-            result.first_hidden.append(hidden)
+            keep(hidden)
         shared_args, shared_kwargs = _map_tensors((call.args, call.kwargs), pool.share)
         result.calls[index].append(BlockCall(shared_args, shared_kwargs, call.by_keyword))
         if form is None:

@@ -39,12 +39,13 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as its file describes it. bytes: size of its data."""
+    """One tensor as its file describes it. bytes: size of its data. start: where they begin in the file."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    start: int
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -122,7 +123,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     spans = {name: _span(path.name, name, entry) for name, entry in header.items()}
     _check_cover(path.name, spans, size - 8 - length)
     return {
-        name: TensorEntry(path.name, header[name]["dtype"], tuple(header[name]["shape"]), end - start)
+        name: TensorEntry(
+            path.name, header[name]["dtype"], tuple(header[name]["shape"]), end - start, 8 + length + start
+        )
         for name, (start, end) in spans.items()
     }
 

@@ -7,6 +7,8 @@ dtypes are those of a model that was loaded whole.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -24,6 +25,7 @@ from hf_qep.architectures.access import ON_DEMAND
 from hf_qep.conversion import loaded_name
 from hf_qep.engine.plan import block_list
 from hf_qep.engine.source import check_checkpoint, check_complete, check_finite, described_model, load_processor
+from hf_qep.engine.tensor_files import TensorFile
 from hf_qep.errors import ArchitectureError, CheckpointError
 from hf_qep.modules import PackedTensors
 
@@ -57,12 +59,22 @@ class BlockWeights:
 
     @contextmanager
     def holding(self, name: str) -> Iterator[None]:
-        """The weights of a block are in memory while the body runs; no others need be."""
+        """The weights of a block are in memory while the body runs; those of another module are all the time."""
+        if name not in self.names:
+            yield
+            return
         self._hold(name)
         try:
             yield
         finally:
             self._let_go(name)
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights of all blocks, as the model holds them."""
+        size = self._place.get("dtype")
+        parameters = (p for name in self.names for p in self._model.get_submodule(name).parameters())
+        return sum(p.numel() * (size or p.dtype).itemsize for p in parameters)
 
     @contextmanager
     def holding_all(self) -> Iterator[None]:
@@ -78,16 +90,15 @@ class BlockWeights:
         info.missing_keys -= self._everything
         return info
 
-    def _share_out(self, files: Iterable[str]) -> dict[str | None, dict[str, list[str]]]:
-        """Block, or None for what is outside -> file -> names of tensors in it."""
+    def _share_out(self, files: Iterable[str]) -> dict[str | None, dict[str, TensorFile]]:
+        """Block, or None for what is outside -> name of a tensor -> file."""
         expected = self._model.state_dict()
         owner = {leaf: name for name, leaves in self._owned.items() for leaf in leaves}
-        shares: dict[str | None, dict[str, list[str]]] = {}
-        for file in files:
-            with safe_open(file, "pt", backend="pread") as tensors:
-                for key in tensors.keys():  # noqa: SIM118  (not a mapping)
-                    name = loaded_name(key, self._model, self._load_config.weight_mapping or (), expected)
-                    shares.setdefault(owner.get(name), {}).setdefault(file, []).append(key)
+        shares: dict[str | None, dict[str, TensorFile]] = {}
+        for file in map(TensorFile, files):
+            for key in file.entries:
+                name = loaded_name(key, self._model, self._load_config.weight_mapping or (), expected)
+                shares.setdefault(owner.get(name), {})[key] = file
         return shares
 
     def _watch(self, name: str, module: nn.Module) -> None:
@@ -109,7 +120,7 @@ class BlockWeights:
 
     def _hold(self, name: str) -> None:
         if not self._held[name]:
-            self._read(name)
+            self._fetch(name)
         self._held[name] += 1
 
     def _let_go(self, name: str) -> None:
@@ -117,7 +128,7 @@ class BlockWeights:
         if not self._held[name]:
             forget_weights(self._model.get_submodule(name))
 
-    def _read(self, name: str) -> None:
+    def _fetch(self, name: str) -> None:
         info, module = self._load(name), self._model.get_submodule(name)
         if wrong := sorted([entry[0] for entry in info.mismatched_keys] + list(info.conversion_errors)):
             raise CheckpointError(
@@ -131,12 +142,11 @@ class BlockWeights:
         module.to(**self._place)
 
     def _load(self, name: str | None) -> Any:
-        """Load one share of the files. `pread` takes no more address space than the tensors that are read."""
-        with ExitStack() as opened, _without_bars():
-            tensors: dict[str, Any] = {}
-            for file, keys in self._keys.get(name, {}).items():
-                source = opened.enter_context(_open(file))
-                tensors |= {key: source.get_slice(key) for key in keys}
+        """Load one share of the files."""
+        tensors = {key: file.lazily(key) for key, file in self._keys.get(name, {}).items()}
+        for file in set(self._keys.get(name, {}).values()):
+            file.check()
+        with _without_bars():
             return convert_and_load_state_dict_in_model(self._model, tensors, self._load_config)[0]
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -186,18 +196,34 @@ def forget_weights(module: nn.Module) -> None:
                 part._buffers[leaf] = torch.empty_like(buffer, device="meta")
 
 
+def free_memory() -> int:
+    """Bytes that this process may still take: what the machine has, and what limits leave."""
+    free = [sys.maxsize]
+    if found := re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo")):
+        free.append(int(found[1]) << 10)
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        free.append(int(limit) - int(used))
+    if (found := re.search(r"VmSize:\s+(\d+) kB", _read("/proc/self/status"))) and sys.platform == "linux":
+        import resource
+
+        if (most := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+            free.append(most - (int(found[1]) << 10))
+    return max(0, min(free))
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
 def _check_untied(model: PreTrainedModel, blocks: BlockWeights) -> None:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     inside = [name for pair in tied.items() for name in pair if name.startswith(tuple(f"{b}." for b in blocks.names))]
     if inside:
         raise ArchitectureError(f"`{inside[0]}` is tied to another weight, so blocks cannot be read one by one")
-
-
-def _open(file: str) -> Any:
-    try:
-        return safe_open(file, "pt", backend="pread")
-    except OSError as error:
-        raise CheckpointError(f"{Path(file).name!r} is gone or unreadable ({error}); download it again") from error
 
 
 @contextmanager
