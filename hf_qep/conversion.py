@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     WeightTransform,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -284,6 +285,19 @@ def settle(model: PreTrainedModel, config: QepConfig) -> None:
         family = get_model_conversion_mapping(model, add_legacy=False)
         transforms = [t for t in family if not isinstance(t, PrefixChange)]
     model._weight_conversions = packed_transforms(model, transforms)
+
+
+def as_stored(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Part of the state dict of a model under the names, and in the pieces, in which its files hold it.
+
+    state: of all modules that the family converts together, such as one block.
+    """
+    before = model._weight_conversions
+    model._weight_conversions = packed_transforms(model, before)
+    try:
+        return revert_weight_conversion(model, state)
+    finally:
+        model._weight_conversions = before
 
 
 def stored_state(model: PreTrainedModel) -> dict[str, Tensor]:

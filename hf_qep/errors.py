@@ -55,6 +55,10 @@ class OutputExistsError(QepError, FileExistsError):
     """The output folder already holds something."""
 
 
+class ResumeError(QepError, ValueError):
+    """An unfinished job cannot be gone on with; the message says which part of it is another one."""
+
+
 class DiskSpaceError(QepError, OSError):
     """Not enough free space for the output."""
 

@@ -82,10 +82,10 @@ def write_aside(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield aside
         for path in aside.rglob("*"):
-            _flush(path)
+            flush(path)
         os.chmod(aside, 0o755)
         _swap(aside, final)
-        _flush(final.parent)
+        flush(final.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -127,7 +127,8 @@ def check_output(final: Path, *, overwrite: bool = False) -> None:
         raise OutputExistsError(f"the folder {str(final)!r} is not empty; choose another one or pass --overwrite")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,9 @@
-"""From a float model in memory to a checked folder: the part that `quantize` and `demo` share."""
+"""From a float model, in memory or on the disk, to a checked folder: the part that `quantize` and `demo` share."""
 
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ from transformers import PreTrainedModel
 from hf_qep.accounting import bits_report
 from hf_qep.config import QepConfig
 from hf_qep.engine.calibration import Calibration, load_calibration
+from hf_qep.engine.fingerprint import job_parts
 from hf_qep.engine.job import quantize_model
 from hf_qep.engine.manifest import build_manifest
+from hf_qep.engine.on_demand import BlockWeights, free_memory
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.engine.source import licence_of, snapshot_revision
+from hf_qep.engine.streaming import Streaming
+from hf_qep.engine.streams import ROOM_BYTES
+from hf_qep.engine.unfinished import Unfinished
 from hf_qep.engine.writer import save_checkpoint
 from hf_qep.errors import CheckpointError
 from hf_qep.files import check_output
@@ -26,6 +32,10 @@ from hf_qep.progress import SILENT, Progress
 CHECKED_ROWS, CHECKED_TOKENS = 1, 64
 RELOAD_TOLERANCE = 1e-3
 """Largest difference of outputs, in units of the largest output; the same tensors through the same code give 0."""
+
+SHARE = 0.5
+"""Of the free memory: for activations, or for all weights while a model writes its own calibration rows, because it
+reads them for every token."""
 
 
 @dataclass(frozen=True)
@@ -60,39 +70,97 @@ def quantize_and_save(
     """
     check_output(out, overwrite=overwrite)
     if calibration is None:
-        calibration = load_calibration(
-            config.dataset,
-            tokenizer,
-            num_samples=config.num_samples,
-            seq_len=config.seq_len,
-            seed=config.seed,
-            model=model,
-        )
+        calibration = _calibration(model, tokenizer, config)
     report = quantize_model(model, config, calibration, progress=progress, stored_as=stored_as)
     if stored_as is not None:
         cast_weights(model, stored_as)
-    manifest = build_manifest(
-        base_model=base_model,
-        config=config,
-        calibration=calibration,
-        report=report,
-        revision=snapshot_revision(base_folder),
-        licence=licence_of(base_folder),
-    )
+    manifest = _manifest(base_model, base_folder, config, calibration, report)
     save_checkpoint(model, out, tokenizer=tokenizer, manifest=manifest, overwrite=overwrite, remote_code=remote_code)
-    reloaded = load_back(model, out, calibration)
+    probe = _probe(calibration)
+    reloaded = load_back(type(model), out, probe, _answer(model, probe), device=model.device)
+    return Saved(reloaded, report, calibration, bits_report(reloaded, out))
+
+
+def stream_and_save(
+    model: PreTrainedModel,
+    blocks: BlockWeights,
+    tokenizer: Any,
+    config: QepConfig,
+    out: Path,
+    *,
+    base_model: str,
+    base_folder: Path,
+    stored_as: torch.dtype | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    remote_code: bool = False,
+    progress: Progress = SILENT,
+    stream_budget: int | None = None,
+) -> Saved:
+    """As `quantize_and_save`, for a model whose blocks are read when they are needed.
+
+    What is done is kept beside `out`, so that a job that was killed, or failed, after its first block can go on.
+    resume: go on with it. stream_budget: bytes of activations in memory; default: what there is room for.
+    Raises ResumeError if the job was made of something else, OutputExistsError if something was left and neither option
+    says what to do with it.
+    """
+    unfinished = Unfinished(out)
+    overwrite = overwrite or (resume and unfinished.wrote_output)
+    check_output(out, overwrite=overwrite)
+    parts = job_parts(base_folder, config, model.device, model.dtype if stored_as else None)
+    unfinished.begin(parts, resume=resume, overwrite=overwrite)
+    try:
+        own = config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self")
+        held = own and blocks.bytes < SHARE * free_memory()
+        with blocks.holding_all() if held and not unfinished.has_rows else nullcontext():
+            calibration = unfinished.calibration(lambda: _calibration(model, tokenizer, config), costly=own)
+        probe = _probe(calibration)
+        streaming = Streaming(blocks, unfinished, probe, stored_as)
+        report = quantize_model(
+            model,
+            config,
+            calibration,
+            progress=progress,
+            stored_as=stored_as,
+            residence=streaming,
+            stream_budget=_room() if stream_budget is None else stream_budget,
+            stream_folder=unfinished.folder,
+        )
+        computed = model.dtype
+        if stored_as is not None:
+            cast_weights(model, stored_as)
+        manifest = _manifest(base_model, base_folder, config, calibration, report)
+        saving = {"manifest": manifest, "overwrite": overwrite, "remote_code": remote_code}
+        save_checkpoint(model, out, tokenizer=tokenizer, blocks=streaming.files, **saving)
+    except BaseException:
+        unfinished.give_up()
+        raise
+    unfinished.remove()
+    dtype = computed if stored_as else None
+    reloaded = load_back(type(model), out, probe, streaming.answer, device=model.device, dtype=dtype)
+    if stored_as is not None:
+        cast_weights(reloaded, stored_as)
     return Saved(reloaded, report, calibration, bits_report(reloaded, out))
 
 
 @torch.no_grad()
-def load_back(model: PreTrainedModel, out: Path, calibration: Calibration) -> PreTrainedModel:
-    """The model of folder `out` through `from_pretrained`, after its outputs were found equal to those of `model`.
+def load_back(
+    kind: type[PreTrainedModel],
+    out: Path,
+    probe: dict[str, torch.Tensor],
+    expected: torch.Tensor,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """The model of folder `out` through `from_pretrained`, after its first output for the inputs `probe` was found
+    equal to the expected one.
 
-    Raises CheckpointError, and removes the folder, if they are not.
+    dtype: to compute in, default is the stored one. Raises CheckpointError, and removes the folder, if it is not.
     """
-    reloaded = type(model).from_pretrained(out, local_files_only=True).to(model.device).eval()
-    batch = {name: _few(value).to(model.device) for name, value in calibration.inputs.items()}
-    expected, got = model(**batch)[0].float(), reloaded(**batch)[0].float()
+    options = {} if dtype is None else {"dtype": dtype}
+    reloaded = kind.from_pretrained(out, local_files_only=True, **options).to(device).eval()
+    got = _answer(reloaded, probe)
     difference = (expected - got).abs().max().item() / max(expected.abs().max().item(), torch.finfo(torch.float32).tiny)
     if not difference <= RELOAD_TOLERANCE:
         shutil.rmtree(out)
@@ -103,5 +171,42 @@ def load_back(model: PreTrainedModel, out: Path, calibration: Calibration) -> Pr
     return reloaded
 
 
-def _few(value: torch.Tensor) -> torch.Tensor:
-    return value[:CHECKED_ROWS, :CHECKED_TOKENS] if value.ndim == 2 else value[:CHECKED_ROWS]
+@torch.no_grad()
+def _answer(model: PreTrainedModel, probe: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**{name: value.to(model.device) for name, value in probe.items()})[0].float()
+
+
+def _probe(calibration: Calibration) -> dict[str, torch.Tensor]:
+    """A few tokens of the first rows, as inputs of the model."""
+    return {
+        name: value[:CHECKED_ROWS, :CHECKED_TOKENS] if value.ndim == 2 else value[:CHECKED_ROWS]
+        for name, value in calibration.inputs.items()
+    }
+
+
+def _calibration(model: PreTrainedModel, tokenizer: Any, config: QepConfig) -> Calibration:
+    return load_calibration(
+        config.dataset,
+        tokenizer,
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        model=model,
+    )
+
+
+def _room() -> int:
+    return min(ROOM_BYTES, int(SHARE * free_memory()))
+
+
+def _manifest(
+    base_model: str, base_folder: Path, config: QepConfig, calibration: Calibration, report: QuantizationReport
+) -> dict[str, Any]:
+    return build_manifest(
+        base_model=base_model,
+        config=config,
+        calibration=calibration,
+        report=report,
+        revision=snapshot_revision(base_folder),
+        licence=licence_of(base_folder),
+    )

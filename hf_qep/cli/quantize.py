@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,7 @@ BITS_HELP = "Bits per weight: 1.0; with `factored` and `auto` 0.3 to 2.5, scales
 METHOD_HELP = "Solver: sign, onebit, gptq, rtn, qqa or factored; auto: sign or factored for each layer."
 MEMORY_HELP = "Instead of --bits, with `auto`: most bytes of the weight files, such as 14GB."
 TABLE_HELP = "Bits of the {}, 4 or 8. Left out: as stored."
+RESUME_HELP = "Go on behind the last block of a job that was killed or failed."
 RECIPE = (
     "bits", "method", "max_memory", "group_size", "effort", "dataset", "num_samples", "seq_len", "batch_size",
     "propagation", "residual", "damping", "tune_epochs", "tune_lookahead", "distill_epochs", "distill_signs",
@@ -72,16 +74,18 @@ def quantize_command(
         bool, typer.Option("--remote-code", help="Add files with which the folder loads without this plugin.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
     quiet: output.QuietOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """Quantise a model to about one bit per weight and save it."""
     recipe = {name: value for name, value in locals().items() if name in RECIPE} | {"skip_modules": skip}
-    check_output(out, overwrite=overwrite)  # before the seconds that the imports below take
+    check_output(out, overwrite=overwrite or resume)  # before the seconds that the imports below take
     began = time.monotonic()
     place, compute_as = to_device(device), to_dtype(dtype)
     saving = {"overwrite": overwrite, "remote_code": remote_code, "progress": Progress(quiet or as_json)}
-    config, saved, best = _quantize(model, revision, recipe, out, place, compute_as, saving)
+    say = (lambda text: None) if quiet or as_json else output.note
+    config, saved, best = _quantize(model, revision, recipe, out, place, compute_as, saving, resume, say)
     seconds = round(time.monotonic() - began, 1)
     result = summary(model, out, config.method, saved) | {"effort": config.effort, "seconds": seconds}
     result["best_would_take_times"] = best
@@ -99,32 +103,53 @@ def _quantize(
     place: Any,
     compute_as: Any,
     saving: dict[str, Any],
+    resume: bool,
+    say: Callable[[str], None],
 ) -> tuple[QepConfig, Saved, float | None]:
     """The config that was used, the finished job, and how many times as much work the best effort would have been."""
-    from hf_qep.cli.job import quantize_and_save
+    from hf_qep.cli.job import quantize_and_save, stream_and_save
     from hf_qep.config import EFFORTS, QepConfig
     from hf_qep.engine.plan import count_operations
-    from hf_qep.engine.source import load_float_model, resolve_model
+    from hf_qep.engine.source import resolve_model
+    from hf_qep.engine.unfinished import Unfinished
+    from hf_qep.errors import ConfigError
 
     config = QepConfig(**recipe)
+    Unfinished(out).check(resume=resume, overwrite=saving["overwrite"])
     folder = resolve_model(model, revision)
-    float_model, tokenizer = load_float_model(folder)
-    stored_as = float_model.dtype
+    float_model, tokenizer, blocks, why = _open(folder, config)
+    if resume and blocks is None:
+        raise ConfigError(f"only a job that reads its model block by block can be resumed; this one cannot: {why}")
+    say(f"All weights are in memory: {why}." if why else "The weights of one block at a time are in memory.")
     best = None
     if config.effort != "best":
         better = QepConfig(**recipe | dict.fromkeys(EFFORTS["best"]) | {"effort": "best"})
         best = count_operations(float_model, better) / count_operations(float_model, config)
-    saved = quantize_and_save(
-        float_model.to(device=place, dtype=compute_as),
-        tokenizer,
-        config,
-        out,
-        base_model=model,
-        base_folder=folder,
-        stored_as=stored_as if compute_as else None,
-        **saving,
-    )
-    return config, saved, best
+    saving |= {"base_model": model, "base_folder": folder, "stored_as": float_model.dtype if compute_as else None}
+    if blocks is None:
+        Unfinished(out).remove()  # with --overwrite only: it would have been refused above
+        float_model = float_model.to(device=place, dtype=compute_as)
+        return config, quantize_and_save(float_model, tokenizer, config, out, **saving), best
+    blocks.place(place, compute_as)
+    return config, stream_and_save(float_model, blocks, tokenizer, config, out, resume=resume, **saving), best
+
+
+def _open(folder: Path, config: QepConfig) -> tuple[Any, Any, Any, str | None]:
+    """Model, tokenizer, and either what reads the blocks of the model or why all of it is in memory."""
+    from hf_qep.engine.on_demand import load_on_demand
+    from hf_qep.engine.source import load_float_model
+    from hf_qep.engine.streaming import why_in_memory
+    from hf_qep.errors import ArchitectureError
+
+    why = why_in_memory(config)
+    if why is None:
+        try:
+            model, blocks, tokenizer = load_on_demand(folder)
+        except ArchitectureError as error:
+            why = str(error)
+        else:
+            return model, tokenizer, blocks, None
+    return *load_float_model(folder), None, why
 
 
 def summary(model: str, out: Path, method: str, saved: Saved) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from hf_qep.engine.distillation import distill_model
 from hf_qep.engine.masks import padding_mask
 from hf_qep.engine.recipes import Recipe, uniform_recipes
 from hf_qep.engine.report import QuantizationReport
-from hf_qep.engine.streams import StreamStore
+from hf_qep.engine.residence import Residence, align_outside
+from hf_qep.engine.streams import ROOM_BYTES, StreamStore
 from hf_qep.engine.tables import quantize_tables
 from hf_qep.engine.tuning import TuningData, rows_per_step
 from hf_qep.errors import AlreadyQuantizedError, ArchitectureError
@@ -45,9 +46,10 @@ def quantize_model(
     calibration: Calibration,
     *,
     progress: Progress = SILENT,
-    stream_budget: int = 8 << 30,
+    stream_budget: int = ROOM_BYTES,
     stream_folder: Path | None = None,
     stored_as: torch.dtype | None = None,
+    residence: Residence | None = None,
 ) -> QuantizationReport:
     """Quantise the linears of a transformers model, and its tables if asked, in place.
 
@@ -55,15 +57,18 @@ def quantize_model(
     model: float, in memory, on any device. config: copied, not changed. calibration: inputs of the model.
     stream_budget: bytes of activations kept in memory; the rest goes to files under stream_folder.
     stored_as: dtype in the files of what stays float, if it is another one than now; only `max_memory` asks for it.
+    residence: where the weights of the blocks are, see `engine.residence`; default: in memory, before and after.
     Raises AlreadyQuantizedError, ArchitectureError, BitsError, ConfigError, IllConditionedError, NonFiniteError. The
     model is unusable if an error comes after the first block.
     """
     if packed_modules(model) or getattr(model, "is_quantized", False):
         raise AlreadyQuantizedError("this model is quantised already; start from the float model")
+    residence = residence or Residence()
     model.eval()
     rows = min(rows_per_step(calibration.inputs), config.batch_size)  # of a step of training
     batches = calibration.batches(rows if config.tune_epochs else config.batch_size)
     structure = describe(model, _sample(batches[0]), config.skip_modules or ())
+    align_outside(model, structure)
     tables = find_tables(model, config)
     recipes, budget = _recipes(model, structure, tables, config, stored_as)
     report = QuantizationReport(skipped=dict(structure.skipped), calibration=dict(calibration.description))
@@ -71,9 +76,13 @@ def quantize_model(
         job = _begin(model, structure, tables, batches, config, store, report, recipes, budget)
         if config.output_curvature:
             job.curvature = OutputCurvature(structure, batches, config.damping)
+        done = residence.resume(job, structure)
         with progress.bar("quantising", total=len(structure.blocks), unit="block") as bar:
-            for index, block in enumerate(structure.blocks):
-                quantize_block(job, index, block)
+            bar.advance(done)
+            for index in range(done, len(structure.blocks)):
+                with residence.holding(model, structure.blocks[index]):
+                    quantize_block(job, index, structure.blocks[index])
+                    residence.finished(job, index, structure.blocks[index])
                 bar.advance(1, detail=f"error {report.layers[-1].error:.3f}")
         if config.distill_epochs:
             latents = job.latents if job.distills_signs else {}
@@ -82,6 +91,7 @@ def quantize_model(
                     model, config, calibration.inputs, job.teacher, latents, rows_per_step=rows, progress=progress
                 )
     _mark_quantized(model, config)
+    residence.end(model)
     return report
 
 
@@ -97,21 +107,21 @@ def _begin(
     budget: int | None,
 ) -> Job:
     """Both streams at the first block, and what the float model says, all before a linear is changed."""
-    inputs = block_inputs(model, structure, batches)
-    _warn(report, advise(sum(h.shape[:-1].numel() for h in inputs.first_hidden), _widest(structure)))
     floats, quantized = store.stream(), store.stream()
-    for hidden in inputs.first_hidden:
-        floats.append(hidden)
+    inputs = block_inputs(model, structure, batches, floats.append)
+    _warn(report, advise(floats.tokens, _widest(structure)))
     if budget is not None:
         with report.timed("allocate"):
+            inputs.first_hidden = list(floats.all(model.device))
             recipes = allocate(model, structure, batches, inputs, config, budget)
+            inputs.first_hidden.clear()
     teacher = take_teacher(model, batches) if _wants_teacher(config) else None
     if tables:  # the quantised stream starts from what will be stored
-        quantize_tables(model, tables, _sample(batches[0]), report)
-        inputs.first_hidden = block_inputs(model, structure, batches).first_hidden
-    for hidden in inputs.first_hidden:
-        quantized.append(hidden)
-    inputs.first_hidden.clear()
+        quantize_tables(model, tables, _sample(batches[0]), report, structure)
+        block_inputs(model, structure, batches, quantized.append)
+    else:
+        for hidden in floats.all(model.device):
+            quantized.append(hidden)
     masks = [padding_mask(batch) for batch in batches]
     job = Job(model, config, inputs, floats, quantized, store, report, masks, recipes, teacher=teacher)
     if config.tune_epochs:

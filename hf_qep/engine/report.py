@@ -88,7 +88,8 @@ class QuantizationReport:
     passes: list[tuple[int, int]] = field(default_factory=list)
     """(float passes, quantised passes) of every block."""
     seconds: Counter[str] = field(default_factory=Counter)
-    """Wall time by phase: allocate, float pass, observe, correct, solve, tune, advance, distill."""
+    """Wall time by phase: allocate, float pass, observe, correct, solve, tune, advance, store,
+    distill."""
     warnings: list[str] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
 

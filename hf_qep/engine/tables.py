@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_qep.algorithms.integers import round_to_integers
+from hf_qep.architectures.parts import Structure
+from hf_qep.architectures.skeleton import block_inputs, forward_rest
 from hf_qep.architectures.tables import Table
 from hf_qep.engine.report import QuantizationReport, TableReport
 from hf_qep.errors import ArchitectureError, NonFiniteError
@@ -28,12 +30,17 @@ TOLERANCE = 1e-3
 
 @torch.no_grad()
 def quantize_tables(
-    model: nn.Module, tables: Sequence[Table], sample: dict[str, Tensor], report: QuantizationReport
+    model: nn.Module,
+    tables: Sequence[Table],
+    sample: dict[str, Tensor],
+    report: QuantizationReport,
+    structure: Structure | None = None,
 ) -> None:
     """Replace the tables in place and report them; modules that shared a weight share the packed tensor.
 
     sample: a few tokens as inputs of the model. It must answer on them as it does with the same rounded weights in its
-    float modules. Raises ArchitectureError if it does not, because it reads the weights itself, and NonFiniteError.
+    float modules. structure: its blocks, which are passed over then; they say nothing about its tables.
+    Raises ArchitectureError if it does not, because it reads the weights itself, and NonFiniteError.
     """
     for table in tables:
         weight = model.get_submodule(table.names[0]).weight.data
@@ -41,14 +48,14 @@ def quantize_tables(
         new = {name: packed_like(model, name, table.spec) for name in table.names}
         packed = new[table.names[0]]
         packed.load_packed(tensors)
-        expected = _answer(model, sample)
+        expected = _answer(model, sample, structure)
         for name, module in new.items():
             module.weight = packed.weight
             if (bias := getattr(model.get_submodule(name), "bias", None)) is not None:
                 module.bias = bias  # the very parameter: it may be tied as well
             replace_module(model, name, module)
             _note(report, name)
-        _check_same(model, table, expected, _answer(model, sample))
+        _check_same(model, table, expected, _answer(model, sample, structure))
         bits = packed.format.stored_bits(table.spec, table.rows, table.columns)
         report.tables.append(TableReport(list(table.names), table.rows, table.columns, asdict(table.spec), bits, error))
 
@@ -80,7 +87,10 @@ def _round_in_place(weight: Tensor, table: Table) -> tuple[dict[str, Tensor], fl
     return {"weight": torch.cat(words)}, lost / max(total, 1e-30)
 
 
-def _answer(model: Any, sample: dict[str, Tensor]) -> Tensor:
+def _answer(model: Any, sample: dict[str, Tensor], structure: Structure | None) -> Tensor:
+    if structure is not None:
+        hidden = block_inputs(model, structure, [sample]).first_hidden[0]
+        return forward_rest(model, structure, len(structure.blocks) - 1, hidden, sample)[0].float()
     return model(**{key: value.to(model.device) for key, value in sample.items()})[0].float()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from hf_qep.accounting import bits_report
+from hf_qep.engine.assembly import save_assembled
 from hf_qep.engine.headers import CODE_KEYS, INDEX_FILE, MANIFEST, read_headers
 from hf_qep.engine.manifest import MANIFEST_VERSION, file_table, versions
 from hf_qep.engine.source import free_space_check
@@ -32,12 +34,14 @@ def save_checkpoint(
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
     remote_code: bool = False,
+    blocks: Sequence[Path] = (),
 ) -> Path:
     """Write model, tokenizer or processor (or None) and `hf_qep_manifest.json` to `out_dir`; returns it.
 
     manifest: from `build_manifest`; bits, versions, sha256 and size of every file are added here.
     overwrite: replace a folder that is not empty.
     remote_code: add the files with which the checkpoint loads without this package (trust_remote_code=True).
+    blocks: files that hold what is on meta in the model, see `assembly.save_assembled`.
 
     Everything is written to a hidden sibling that ends in `.partial`, checked, and renamed once. On an error or
     KeyboardInterrupt the sibling is removed; after a kill it remains and can be deleted.
@@ -49,7 +53,10 @@ def save_checkpoint(
     bits = bits_report(model)
     free_space_check(out_dir, bits["weight_bytes"] + SPARE_BYTES)
     with write_aside(out_dir, overwrite=overwrite) as aside:
-        model.save_pretrained(aside, max_shard_size=max_shard_size)
+        if blocks:
+            save_assembled(model, aside, blocks, max_shard_size)
+        else:
+            model.save_pretrained(aside, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         _clean_settings(aside, drop_code=type(model).__module__.startswith("transformers."))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 
@@ -93,6 +94,31 @@ def test_overwrite_replaces_the_folder(float_folder, text_file, tmp_path):
     words = ("quantize", float_folder, "--out", out, "--dataset", text_file, "--method", "rtn", *SMALL)
     assert run(*words, "--overwrite").exit_code == 0
     assert not (out / "old.txt").exists()
+
+
+def test_a_job_without_training_reads_block_by_block_and_can_be_resumed(float_folder, text_file, tmp_path, monkeypatch):
+    words = ("quantize", float_folder, "--dataset", text_file, "--method", "rtn", "--effort", "fast", *SMALL)
+    result = run(*words, "--out", tmp_path / "whole")
+    assert result.exit_code == 0 and "one block at a time" in result.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_qep.engine.assembly._write", full_disk)
+        assert "No space left" in refusal(run(*words, "--out", tmp_path / "q"))
+    assert "--resume" in refusal(run(*words, "--out", tmp_path / "q"))
+    assert "recipe.damping" in refusal(run(*words, "--out", tmp_path / "q", "--resume", "--damping", 0.5))
+    assert run(*words, "--out", tmp_path / "q", "--resume").exit_code == 0
+    name = "model.safetensors"
+    assert (tmp_path / "q" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "q"}
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_job_that_trains_is_in_memory_and_says_why(float_folder, text_file, tmp_path):
+    words = ("quantize", float_folder, "--out", tmp_path / "q", "--dataset", text_file, "--method", "rtn", *SMALL)
+    assert "distill_epochs 2 trains all layers" in refusal(run(*words, "--resume"))
+    assert "in memory: distill_epochs 2" in run(*words).stderr
 
 
 def test_skipped_modules_stay_float(float_folder, text_file, tmp_path):

@@ -1,0 +1,59 @@
+"""Where the weights of blocks are while a model is quantised, and what becomes of a block that is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from hf_qep.architectures.parts import Block, Structure
+
+if TYPE_CHECKING:
+    from hf_qep.engine.block import Job
+
+CACHE_LINE = 64
+"""Bytes; torch's own tensors begin at a multiple of it."""
+
+
+class Residence:
+    """All in memory, before and after. `engine.streaming` has the other kind, which holds one block at a time."""
+
+    def resume(self, job: Job, structure: Structure) -> int:
+        """Number of blocks that were done before, with streams and report as they were left; called before the first
+        block."""
+        return 0
+
+    @contextmanager
+    def holding(self, model: nn.Module, block: Block) -> Iterator[None]:
+        """The weights of a block are in memory while the body runs, at addresses that `align` allows."""
+        align(model.get_submodule(block.name).modules())
+        yield
+
+    def finished(self, job: Job, index: int, block: Block) -> None:
+        """A block is packed and both streams are behind it; called inside `holding`."""
+
+    def end(self, model: nn.Module) -> None:
+        """All blocks are done, and the model is marked as quantised."""
+
+
+def align_outside(model: nn.Module, structure: Structure) -> None:
+    """`align` what lies outside the blocks."""
+    inside = {id(m) for block in structure.blocks for m in model.get_submodule(block.name).modules()}
+    align(module for module in model.modules() if id(module) not in inside)
+
+
+def align(modules: Iterable[nn.Module]) -> None:
+    """Move weights to where torch would have put them.
+
+    Weights that are mapped from a file begin wherever its header ends, and products and sums round differently for
+    other alignments: the result would depend on the length of a header.
+    """
+    moved: dict[tuple, Tensor] = {}
+    for module in modules:
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None or tensor.device.type != "cpu" or not tensor.data_ptr() % CACHE_LINE:
+                continue
+            place = tensor.data_ptr(), tensor.shape, tensor.stride()
+            tensor.data = moved.setdefault(place, tensor.data.clone())

@@ -1,0 +1,119 @@
+"""Quantise a model larger than memory: one block of weights at a time, each finished block on the disk at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_qep.architectures.parts import Block, Structure
+from hf_qep.architectures.skeleton import block_inputs, forward_rest, run_block
+from hf_qep.config import AUTO, QepConfig
+from hf_qep.conversion import as_stored, finish_loading
+from hf_qep.engine.block import Job
+from hf_qep.engine.on_demand import BlockWeights, forget_weights
+from hf_qep.engine.report import BlockTuning, LayerReport
+from hf_qep.engine.residence import Residence
+from hf_qep.engine.unfinished import Unfinished
+from hf_qep.modules import cast_weights, packed_like, replace_module
+from hf_qep.registry import FORMATS
+
+STREAMS = {"float": "float_stream", "quantized": "quantized_stream"}
+"""File -> attribute of a job."""
+
+
+def why_in_memory(config: QepConfig) -> str | None:
+    """What in a recipe needs all weights at once, None if nothing does."""
+    if config.distill_epochs:
+        return f"distill_epochs {config.distill_epochs} trains all layers together"
+    if config.tune_epochs:
+        return f"tune_epochs {config.tune_epochs} trains through the blocks behind"
+    if config.method == AUTO:
+        return f"method `{AUTO}` compares all layers first"
+    if config.method == "factored" and config.output_curvature:
+        return "method `factored` measures how the whole model's output depends on each layer"
+    return None
+
+
+class Streaming(Residence):
+    """Weights of blocks are read when it is their turn, and written to the unfinished job when they are packed.
+
+    stored_as: dtype in the files of what stays float, if the model computes in another one.
+    probe: a few tokens as inputs of the model. What the finished model answers to them is in `answer` at the end.
+    """
+
+    def __init__(
+        self, blocks: BlockWeights, job: Unfinished, probe: dict[str, Tensor], stored_as: torch.dtype | None = None
+    ) -> None:
+        self._blocks, self._unfinished, self._probe, self._stored_as = blocks, job, probe, stored_as
+        self.answer: Tensor | None = None
+        """(rows, ...) float32: the first output."""
+
+    @property
+    def files(self) -> list[Path]:
+        """Of the finished blocks, in order."""
+        return self._unfinished.blocks(len(self._structure.blocks))
+
+    def resume(self, job: Job, structure: Structure) -> int:
+        """See `Residence.resume`."""
+        self._structure = structure
+        self._calls = block_inputs(job.model, structure, [self._probe])
+        self._hidden = self._calls.first_hidden.pop()
+        found = self._unfinished.latest()
+        if found is None:
+            return 0
+        done, folder, state = found
+        for name, attribute in STREAMS.items():
+            getattr(job, attribute).restore(folder / f"{name}.safetensors")
+        self._hidden = load_file(folder / "probe.safetensors")["hidden"].to(job.model.device)
+        report = state["report"]
+        job.report.layers += [LayerReport(**layer) for layer in report["layers"]]
+        job.report.tuning += [BlockTuning(**block) for block in report["tuning"]]
+        job.report.passes += [tuple(passes) for passes in report["passes"]]
+        job.report.seconds.update(report["seconds"])
+        _place_packed(job)
+        for block in structure.blocks[:done]:
+            forget_weights(job.model.get_submodule(block.name))
+        return done
+
+    @contextmanager
+    def holding(self, model: nn.Module, block: Block) -> Iterator[None]:
+        """See `Residence.holding`."""
+        with self._blocks.holding(block.name), super().holding(model, block):
+            yield
+
+    def finished(self, job: Job, index: int, block: Block) -> None:
+        """See `Residence.finished`."""
+        with job.timed("store"):
+            module = job.model.get_submodule(block.name)
+            if self._stored_as is not None:  # what the files cannot hold is dropped before it is used
+                computed = job.model.dtype
+                cast_weights(module, self._stored_as)
+            self._unfinished.keep_block(index, as_stored(job.model, module.state_dict(prefix=f"{block.name}.")))
+            if self._stored_as is not None:
+                cast_weights(module, computed)
+            finish_loading(module, job.config)
+            call = self._calls.call(index, 0, self._hidden.device)
+            self._hidden = run_block(job.model, block, self._hidden, call)
+        with self._unfinished.keep_state(index + 1, {"report": job.report.to_dict()}) as folder:
+            for name, attribute in STREAMS.items():
+                getattr(job, attribute).save(folder / f"{name}.safetensors")
+            save_file({"hidden": self._hidden.cpu().contiguous()}, folder / "probe.safetensors")
+
+    @torch.no_grad()
+    def end(self, model: Any) -> None:
+        """See `Residence.end`."""
+        last = len(self._structure.blocks) - 1
+        self.answer = forward_rest(model, self._structure, last, self._hidden, self._probe)[0].float()
+
+
+def _place_packed(job: Job) -> None:
+    """Packed modules on meta where the blocks are that were done before."""
+    for layer in {layer.name: layer for layer in job.report.layers}.values():
+        spec = FORMATS.get(layer.spec["format"]).Spec(**layer.spec)
+        replace_module(job.model, layer.name, packed_like(job.model, layer.name, spec, device="meta"))

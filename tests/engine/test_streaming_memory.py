@@ -1,0 +1,60 @@
+"""A checkpoint several times larger than the memory that a process may take."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_qep.config import QepConfig
+from hf_qep.engine.source import load_quantized
+from tests.engine.test_streaming import in_memory, streamed
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of address space, /proc and fork")
+ALLOWANCE, TIMES = 64 << 20, 3
+"""Bytes of address space beyond what the interpreter and its libraries take, and how much larger the weights are."""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of 32 blocks of 7 MB each."""
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=32, vocab_size=128, max_position_embeddings=64))
+    folder = tmp_path_factory.mktemp("large") / "m"
+    model.save_pretrained(folder)
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > TIMES * ALLOWANCE
+    return folder
+
+
+def runs_within(allowance: int, work) -> bool:
+    """Whether a child process that may take so much more memory does the work without an error."""
+    child = os.fork()
+    if child == 0:
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the heap of every thread reserves as much as is allowed here
+        code = 1
+        try:
+            held = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+            resource.setrlimit(resource.RLIMIT_AS, (held + allowance, resource.RLIM_INFINITY))
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_only_the_streaming_job_stays_within_the_limit(large, tmp_path):
+    ids = torch.randint(0, 128, (4, 32), generator=torch.Generator().manual_seed(0))
+    recipe = QepConfig(method="rtn", dataset={"input_ids": ids}, num_samples=4, batch_size=2)
+    assert not runs_within(ALLOWANCE, lambda: in_memory(large, tmp_path / "whole", recipe))
+    assert not (tmp_path / "whole").exists()
+    assert runs_within(ALLOWANCE, lambda: streamed(large, tmp_path / "streamed", recipe))
+    assert runs_within(ALLOWANCE, lambda: load_quantized(tmp_path / "streamed")(input_ids=ids))
