@@ -55,7 +55,8 @@ class Plan:
     bits_linear: float
     bits_model: float
     memory_bytes: int
-    """Peak while quantising: float model, activations of both streams, statistics and work of the widest layer."""
+    """Peak while quantising with all weights in memory: float model, activations of both streams, statistics, work of
+    the widest layer. A job that reads its model block by block holds one block of it, and the rest as given above."""
     disk_bytes: int
     """Download and output."""
     operations: float

@@ -30,7 +30,7 @@ STREAMS = {"float": "float_stream", "quantized": "quantized_stream"}
 def why_in_memory(config: QepConfig) -> str | None:
     """What in a recipe needs all weights at once, None if nothing does."""
     if config.distill_epochs:
-        return f"distill_epochs {config.distill_epochs} trains all layers together"
+        return f"distill_epochs {config.distill_epochs} trains all layers together (effort `fast` does not)"
     if config.tune_epochs:
         return f"tune_epochs {config.tune_epochs} trains through the blocks behind"
     if config.method == AUTO:

@@ -1,6 +1,6 @@
 """A job that may be killed: the blocks that are done lie beside the output, and with them all that the next one needs.
 
-    job.json              what the job is made of: weights, recipe, code
+    job.json              what the job is made of: weights, recipe, code; locked while a process is at work on it
     calibration/          the rows it is made from
     block-00000.safetensors   tensors of a finished block, as the output will hold them
     after-00001/          both streams and the report when so many blocks were done
@@ -15,10 +15,11 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -42,24 +43,31 @@ class Unfinished:
         self.out = out
         whole = out.absolute()
         self.folder = whole.with_name(f".{whole.name}.unfinished")
+        self._lock: IO[bytes] | None = None
 
     def begin(self, parts: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Start, or go on with what was left. parts: json values that say what the job is made of.
 
-        Raises what `check` raises, and ResumeError that names the parts that differ from those of the job that is to be
-        resumed.
+        Raises what `check` raises, and ResumeError if another process is at work on the job, or naming the parts that
+        differ from those of the job that is to be resumed.
         """
         self.check(resume=resume, overwrite=overwrite)
+        self._take()
         if not resume:
             self.remove()
         if (self.folder / _JOB).exists():
-            self._compare(read_json(self.folder / _JOB), parts)
+            try:
+                self._compare(read_json(self.folder / _JOB), parts)
+            except BaseException:
+                self._release()
+                raise
             self._clean()
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         write_text_aside(self.folder / _JOB, json.dumps(parts, indent=2, sort_keys=True) + "\n")
         flush(self.folder)
+        self._take()
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Raise OutputExistsError if something was left and neither option says what to do with it."""
@@ -139,12 +147,32 @@ class Unfinished:
         """After an error: keep what is done, if anything is, but nothing half done."""
         if any(map(_is_state, self.folder.glob("after-*"))):
             self._clean()
+            self._release()
         else:
             self.remove()
 
     def remove(self) -> None:
         """Drop all."""
+        self._release()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _take(self) -> None:
+        """Lock the job until this process is done with it, or dies; only where the system has such locks."""
+        if not (self.folder / _JOB).exists() or sys.platform == "win32":
+            return
+        import fcntl
+
+        self._lock = (self.folder / _JOB).open("rb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._release()
+            raise ResumeError(f"another process is at work on the job for {str(self.out)!r}; wait for it") from error
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _block(self, index: int) -> Path:
         return self.folder / f"block-{index:05}.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -180,6 +181,18 @@ def test_another_job_is_refused_and_the_difference_is_named(interrupted, change,
     with pytest.raises(ResumeError, match=said):
         streamed(folder, out, config(**RECIPE | change), resume=True)
     assert Unfinished(out).latest()[0] == 1
+
+
+def test_two_processes_do_not_work_on_one_job(source, interrupted):
+    folder, out = interrupted
+    other = Unfinished(out)
+    with (other.folder / "job.json").open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(ResumeError, match="another process"):
+                streamed(folder, out, config(**RECIPE), **options)
+    streamed(folder, out, config(**RECIPE), resume=True)
+    assert files(out) == source[1]
 
 
 def test_other_weights_are_refused(interrupted, tiny_model, tmp_path):
