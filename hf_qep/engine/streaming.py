@@ -64,6 +64,7 @@ class Streaming(Residence):
         self._structure = structure
         self._calls = block_inputs(job.model, structure, [self._probe])
         self._hidden = self._calls.first_hidden.pop()
+        self._unfinished.check_room(*_sizes(job))
         found = self._unfinished.latest()
         if found is None:
             return 0
@@ -110,6 +111,12 @@ class Streaming(Residence):
         """See `Residence.end`."""
         last = len(self._structure.blocks) - 1
         self.answer = forward_rest(model, self._structure, last, self._hidden, self._probe)[0].float()
+
+
+def _sizes(job: Job) -> tuple[int, int]:
+    """Bytes of all packed linears, and of what is kept of the streams behind a block."""
+    packed = sum(recipe.stored_bits(*ref.shape) for ref, recipe in job.recipes.items()) // 8
+    return packed, sum(getattr(job, attribute).bytes for attribute in STREAMS.values())
 
 
 def _place_packed(job: Job) -> None:

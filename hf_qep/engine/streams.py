@@ -83,6 +83,11 @@ class Stream:
         """Positions of all batches together."""
         return sum(torch.Size(kept.like.shape[:-1]).numel() for kept in self._kept)
 
+    @property
+    def bytes(self) -> int:
+        """Of all batches together."""
+        return sum(kept.like.bytes for kept in self._kept)
+
     def append(self, tensor: Tensor) -> None:
         """Store the next batch."""
         self._kept.append(self._store.keep(tensor))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hf_qep.engine.calibration import Calibration
 from hf_qep.engine.headers import MANIFEST, read_json
+from hf_qep.engine.source import free_space_check
 from hf_qep.engine.tensor_files import Described, write_tensors
 from hf_qep.errors import OutputExistsError, ResumeError
 from hf_qep.files import flush, write_text_aside
@@ -109,6 +110,12 @@ class Unfinished:
     def has_rows(self) -> bool:
         """Whether the calibration rows were kept."""
         return (self.folder / _ROWS).exists()
+
+    def check_room(self, packed: int, state: int) -> None:
+        """Raise DiskSpaceError if the disk has no room for what the job will write: all packed blocks here and in the
+        output, and the states that are kept while the next is written. Sizes in bytes."""
+        here = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        free_space_check(self.folder, max(0, 2 * packed + (KEPT + 1) * state - here))
 
     def keep_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of a finished block."""

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import signal
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from hf_qep import files as files_module
 from hf_qep.engine import assembly, block, streaming, tensor_files, unfinished, writer
 from hf_qep.engine.streams import Stream
 from hf_qep.engine.unfinished import Unfinished
-from hf_qep.errors import OutputExistsError, ResumeError
+from hf_qep.errors import DiskSpaceError, OutputExistsError, ResumeError
 from tests.engine.test_streaming import config, files, rows, streamed
 
 RECIPE = {"method": "rtn"}
@@ -146,6 +148,15 @@ def test_an_error_keeps_the_blocks_that_are_done_and_nothing_else(source, interr
     assert kept == {"job.json", "calibration", "block-00000.safetensors", "after-00001"}
     streamed(folder, out, config(**RECIPE), resume=True)
     assert files(out) == source[1] and not Unfinished(out).folder.exists()
+
+
+def test_a_disk_without_room_is_noticed_before_the_first_block(source, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 30_000))
+    monkeypatch.setattr(block, "_float_pass", lambda *_: 1 / 0)
+    with pytest.raises(DiskSpaceError, match="0.00 GB are free"):
+        streamed(source[0], tmp_path / "out", config(**RECIPE))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_before_the_first_block_is_done_leaves_nothing(source, tmp_path, monkeypatch):
