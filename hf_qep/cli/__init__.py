@@ -20,6 +20,7 @@ from hf_qep.progress import Progress
 
 COMMANDS = {
     "quantize": "hf_qep.cli.quantize:quantize_command",
+    "plan": "hf_qep.cli.plan:plan_command",
     "inspect": "hf_qep.cli.inspect:inspect_command",
     "eval": "hf_qep.cli.eval:eval_command",
     "compare": "hf_qep.cli.compare:compare_command",

@@ -90,7 +90,7 @@ def quantize_block(job: Job, index: int, block: Block) -> None:
             moments = _observe(job, index, block, group, side)
             passes += 1
         side.stream.clear()
-        _solve_group(job, group, moments)
+        solve_group(job, group, moments)
     if job.tuning is not None:
         with job.timed("tune"):
             tune_block(job, index, block)
@@ -197,7 +197,12 @@ def _norm_weight(total: Tensor) -> Tensor:
     return 1 / (total.square().mean(-1) + NORM_EPS)
 
 
-def _solve_group(job: Job, group: Group, moments: dict[LinearRef, Moments]) -> None:
+def solve_group(job: Job, group: Group, moments: dict[LinearRef, Moments]) -> None:
+    """Correct, solve and pack the linears of a group and put the packed modules into the model.
+
+    moments: those of the quantised stream, for the first linear or, of experts, for each. Raises ArchitectureError if
+    no token was seen, NonFiniteError, IllConditionedError.
+    """
     packed: dict[str, PackedTensors] = {}
     if not group.exempt and not moments[group.linears[0]].count:
         raise ArchitectureError(f"no calibration token reaches `{group.linears[0].name}`; name it in skip_modules")

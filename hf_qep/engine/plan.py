@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from hf_qep.architectures.families import LANGUAGE_MODEL, is_router
 from hf_qep.architectures.linears import find_linears, skipped_by_user
@@ -22,6 +28,7 @@ from hf_qep.architectures.tables import Table, find_tables
 from hf_qep.config import AUTO, QepConfig
 from hf_qep.engine.budget import bit_budget
 from hf_qep.engine.recipes import uniform_recipes
+from hf_qep.engine.source import model_class
 from hf_qep.errors import ArchitectureError
 from hf_qep.formats import integer
 
@@ -82,11 +89,11 @@ def plan_quantization(
 
     Raises ArchitectureError if the model has no chain of blocks, ConfigError for a recipe its widths cannot serve.
     """
-    model = _empty(config, dtype)
+    model = empty_model(config, dtype)
     chain = block_list(model)
-    linears = _quantized(model, chain, recipe.skip_modules or ())
+    linears = quantized_linears(model, chain, recipe.skip_modules or ())
     tables = find_tables(model, recipe)
-    bits = _linear_bits(model, linears, tables, recipe)
+    bits = linear_bits(model, linears, tables, recipe)
     weights = sum(ref.out_features * ref.in_features for ref in linears)
     parameters = sum(p.numel() for p in model.parameters())
     float_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -106,7 +113,7 @@ def plan_quantization(
         bits_model=(bits + 8 * (table_bytes + rest_bytes)) / parameters,
         memory_bytes=float_bytes
         + _workspace(linears, tokens, members, dtype)
-        + _training_memory(weights, float_bytes, recipe),
+        + training_memory(weights, float_bytes, recipe),
         disk_bytes=float_bytes + bits // 8 + table_bytes + rest_bytes,
         operations=operations,
         seconds=operations / rate if rate else None,
@@ -121,11 +128,11 @@ def count_operations(model: nn.Module, recipe: QepConfig) -> float:
     Raises ArchitectureError if the model has no chain of blocks.
     """
     chain = block_list(model)
-    linears = _quantized(model, chain, recipe.skip_modules or ())
+    linears = quantized_linears(model, chain, recipe.skip_modules or ())
     return _operations(model, linears, len(model.get_submodule(chain)), recipe)
 
 
-def _linear_bits(model: nn.Module, linears: Sequence[LinearRef], tables: Sequence[Table], recipe: QepConfig) -> int:
+def linear_bits(model: nn.Module, linears: Sequence[LinearRef], tables: Sequence[Table], recipe: QepConfig) -> int:
     """Bits of the quantised linears; for `auto` what it may spend, of which it leaves a little over."""
     if recipe.method == AUTO:
         return bit_budget(model, linears, tables, recipe)
@@ -133,8 +140,15 @@ def _linear_bits(model: nn.Module, linears: Sequence[LinearRef], tables: Sequenc
     return sum(chosen.stored_bits(*ref.shape) for ref, chosen in recipes.items())
 
 
-def _empty(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The model on meta: of the class that the configuration names, or else what transformers makes of it.
+
+    Raises ArchitectureError if it makes nothing.
+    """
     with torch.device("meta"):
+        kind = model_class(config)
+        if config.architectures and issubclass(kind, PreTrainedModel):
+            return kind._from_config(config, dtype=dtype)
         for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel):
             if type(config) in auto._model_mapping:
                 return auto.from_config(config, dtype=dtype)
@@ -153,7 +167,8 @@ def block_list(model: nn.Module) -> str:
     return max(inside or lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
 
 
-def _quantized(model: nn.Module, chain: str, skip_modules: Sequence[str]) -> list[LinearRef]:
+def quantized_linears(model: nn.Module, chain: str, skip_modules: Sequence[str]) -> list[LinearRef]:
+    """Linears of the chain that get signs, in module order. Raises ArchitectureError if there are none."""
     refs = [ref for ref in find_linears(model) if ref.name.startswith(f"{chain}.")]
     skipped = skipped_by_user(model, list(dict.fromkeys(ref.name for ref in refs)), skip_modules)
     found = [
@@ -170,7 +185,9 @@ def _operations(model: nn.Module, linears: Sequence[LinearRef], blocks: int, rec
     weights = sum(ref.out_features * ref.in_features for ref in linears)
     tokens = recipe.num_samples * recipe.seq_len
     solving = _solving_operations(linears, weights, tokens, recipe)
-    return solving + _training_operations(model, weights, blocks, tokens, recipe)
+    embedding = model.get_input_embeddings()
+    head = embedding.weight.numel() if isinstance(embedding, nn.Embedding) else 0  # as large as the embedding
+    return solving + training_operations(weights, head, blocks, tokens, recipe)
 
 
 def _solving_operations(linears: Sequence[LinearRef], weights: int, tokens: int, recipe: QepConfig) -> float:
@@ -185,11 +202,9 @@ def _solving_operations(linears: Sequence[LinearRef], weights: int, tokens: int,
     return total
 
 
-def _training_operations(model: nn.Module, weights: int, blocks: int, tokens: int, recipe: QepConfig) -> float:
+def training_operations(weights: int, head: int, blocks: int, tokens: int, recipe: QepConfig) -> float:
     """Forward and backward from each block to where its loss is taken, then through the whole model in each epoch of
-    distillation. A head is as large as the embedding."""
-    embedding = model.get_input_embeddings()
-    head = embedding.weight.numel() if isinstance(embedding, nn.Embedding) else 0
+    distillation. weights, head: numbers of weights in the blocks and in the head."""
     whole = recipe.tune_lookahead is None
     ahead = (blocks + 1) / 2 if whole else min(recipe.tune_lookahead + 1, blocks)
     passes = recipe.tune_epochs * (weights * ahead + head * blocks * whole) + recipe.distill_epochs * (weights + head)
@@ -206,7 +221,7 @@ def _workspace(linears: Sequence[LinearRef], tokens: int, blocks: int, dtype: to
     return streams + solving
 
 
-def _training_memory(weights: int, float_bytes: int, recipe: QepConfig) -> int:
+def training_memory(weights: int, float_bytes: int, recipe: QepConfig) -> int:
     """Distillation holds the model in float32 and, for each sign, latent, gradient, two moments of it and the best."""
     if not recipe.distill_epochs:
         return 0

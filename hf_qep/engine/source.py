@@ -108,7 +108,7 @@ def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkp
         raise CheckpointError(f"{str(folder)!r} is not a folder; give the folder of a transformers model")
     check_links(folder)
     config = read_json(folder / "config.json")
-    _check_not_quantized(config)
+    check_not_quantized(config)
     _check_sizes(config, "")
     summary = CheckpointSummary(config, read_headers(folder))
     _check_layer_count(config, len(summary.tensors))
@@ -257,7 +257,8 @@ def _neighbour(config: PreTrainedConfig, name: str) -> Any:
         return None
 
 
-def _check_not_quantized(config: dict[str, Any]) -> None:
+def check_not_quantized(config: dict[str, Any]) -> None:
+    """Raise AlreadyQuantizedError if a config.json is that of a quantised checkpoint."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         found = part.get("quantization_config") or part.get("compression_config")
         if not found:

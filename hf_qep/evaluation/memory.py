@@ -39,24 +39,25 @@ def peak_bytes(run: Callable[[], object], device: torch.device, interval_s: floa
 
 
 def _sampled_peak(run: Callable[[], object], interval_s: float) -> int:
-    before = highest = _resident_bytes()
+    before = highest = resident_bytes()
     finished = threading.Event()
 
     def watch() -> None:
         nonlocal highest
         while not finished.wait(interval_s):
-            highest = max(highest, _resident_bytes())
+            highest = max(highest, resident_bytes())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         run()
-        last = _resident_bytes()
+        last = resident_bytes()
     finally:
         finished.set()
         watcher.join()
     return max(highest, last) - before
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """Memory of this process that is in the machine's, from /proc."""
     return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

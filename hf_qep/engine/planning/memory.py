@@ -1,0 +1,219 @@
+"""Peak memory and disk of a job: of one that reads block by block, and of one that has the whole model in memory.
+
+The sums follow the engine. While a block is done there are: what lies outside the blocks, the block (float, and what
+is packed of it already), the activations of both streams and those that the float pass left behind, the moments of the
+widest group, and what solving one of its linears takes. The last is measured, see `costs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hf_qep.config import AUTO, QepConfig
+from hf_qep.engine.plan import training_memory
+from hf_qep.engine.planning.output import OutputPlan
+from hf_qep.engine.planning.sketch import BlockSketch, GroupSketch, Sketch
+from hf_qep.engine.tables import PANEL_WEIGHTS
+
+STREAM_ROOM = 8 << 30
+"""Bytes of activations that are kept in memory unless more or less is asked for."""
+FLOAT32 = 4
+STATES = 3
+"""States of an unfinished job on the disk: two that are kept, and one that is being written."""
+ROUNDING_COPIES = 7
+"""float32 copies of a panel while a table is rounded."""
+PASS_TENSORS = 6
+"""Tensors as wide as the stream, besides the outputs of the linears, that a block holds while it runs."""
+OBSERVED_COPIES = 3
+"""float32 copies of a group's input while its moments are taken."""
+
+Workspace = Callable[[str, int, int], float]
+"""(method, out, in) -> bytes that correcting and solving a linear takes besides its moments."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes by part at the moment when most is held, and which moment that is."""
+
+    moment: str
+    parts: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """All parts."""
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON value."""
+        return {"bytes": self.bytes, "moment": self.moment, "parts": self.parts}
+
+
+@dataclass(frozen=True)
+class JobMemory:
+    """What a job takes at its peak. vram: None if it runs on the processor."""
+
+    streaming: bool
+    why: str
+    """Why the weights are read block by block, or why they are not."""
+    ram: Peak
+    vram: Peak | None
+    disk: Peak
+    spilled: int
+    """Activations that go to the disk."""
+
+
+def why_in_memory(recipe: QepConfig) -> str | None:
+    """What in a recipe needs all weights at once, None if nothing does."""
+    if recipe.distill_epochs:
+        return f"distill_epochs {recipe.distill_epochs} trains all layers together"
+    if recipe.tune_epochs:
+        return f"tune_epochs {recipe.tune_epochs} trains through the blocks behind"
+    if recipe.method == AUTO:
+        return f"method `{AUTO}` compares all layers first"
+    if recipe.method == "factored" and recipe.output_curvature:
+        return "method `factored` measures how the whole model's output depends on each layer"
+    return None
+
+
+def job_memory(
+    sketch: Sketch,
+    output: OutputPlan,
+    recipe: QepConfig,
+    workspace: Workspace,
+    *,
+    on_gpu: bool = False,
+    whole: bool | None = None,
+    stream_room: int = STREAM_ROOM,
+    process: int = 0,
+) -> JobMemory:
+    """Peaks of quantising. on_gpu: weights and solving there, activations in RAM. whole: have the whole model in memory
+    although the recipe does not need it. process: bytes that the interpreter and its libraries take.
+    """
+    reason = why_in_memory(recipe)
+    streaming = reason is None if whole is None else not whole
+    streams, left = stream_bytes(sketch, recipe), left_behind_bytes(sketch, recipe)
+    spilled = max(0, streams + left - stream_room)
+    host = {"interpreter and libraries": process, "activations": min(streams + left, stream_room)}
+    moments = _moments(sketch, output, recipe, workspace, streaming)
+    if on_gpu:
+        vram = _largest(moments)
+        loading = sketch.outside_bytes if streaming else sketch.float_bytes
+        block = max(block.float_bytes for block in sketch.blocks)
+        ram = _largest(
+            {
+                "loading": {"interpreter and libraries": process, "weights on their way": loading},
+                "a block": host | {"a block on its way": block if streaming else 0},
+            }
+        )
+    else:
+        vram, ram = None, _largest({name: host | parts for name, parts in moments.items()})
+    return JobMemory(
+        streaming=streaming,
+        why=(reason or "all weights are asked for at once") if not streaming else "no option needs all weights at once",
+        ram=ram,
+        vram=vram,
+        disk=_disk(sketch, output, streams, spilled, streaming),
+        spilled=spilled,
+    )
+
+
+def stream_bytes(sketch: Sketch, recipe: QepConfig) -> int:
+    """Activations of all calibration tokens at one place of the model, in both streams."""
+    return 2 * recipe.num_samples * recipe.seq_len * sketch.hidden * sketch.dtype.itemsize
+
+
+def left_behind_bytes(sketch: Sketch, recipe: QepConfig) -> int:
+    """What the float pass leaves behind in a block: an activation per group that propagates errors."""
+    if not recipe.propagation:
+        return 0
+    widths = [
+        sum(
+            sketch.hidden if _summed(group, recipe) else group.in_features for group in block.groups if not group.exempt
+        )
+        for block in sketch.blocks
+    ]
+    return recipe.num_samples * recipe.seq_len * max(widths) * sketch.dtype.itemsize
+
+
+def solving_bytes(group: GroupSketch, recipe: QepConfig, workspace: Workspace) -> float:
+    """Moments of a group, and the largest workspace of its linears."""
+    method = "sign" if recipe.method == AUTO else recipe.method
+    space = max(workspace(method, ref.out_features, ref.in_features) for ref in group.linears)
+    square = FLOAT32 * group.in_features**2
+    if group.linears[0].expert is not None:
+        return square * (len(group.linears) + 2) + space  # a moment for each, their mean, and the mix of an expert
+    if group.exempt or not recipe.propagation:
+        return square + space
+    return (
+        square
+        + (FLOAT32 * group.linears[0].out_features * group.in_features if _summed(group, recipe) else square)
+        + space
+    )
+
+
+def _summed(group: GroupSketch, recipe: QepConfig) -> bool:
+    return bool(recipe.residual and group.writes)
+
+
+def _moments(
+    sketch: Sketch, output: OutputPlan, recipe: QepConfig, workspace: Workspace, streaming: bool
+) -> dict[str, dict[str, int]]:
+    """Name of a moment -> what is held where the weights are."""
+    tables = {"weights outside the blocks": sketch.outside_bytes, "rounded tables": output.table_bytes}
+    tables["work of rounding"] = ROUNDING_COPIES * FLOAT32 * PANEL_WEIGHTS if output.table_bytes else 0
+    outside = output.tensors - sum(output.packed_blocks)
+    blocks = [
+        _block(sketch, block, packed, recipe, workspace)
+        for block, packed in zip(sketch.blocks, output.packed_blocks, strict=True)
+    ]
+    block = max(blocks, key=lambda parts: sum(parts.values()))
+    if streaming:
+        found = {"a block": {"weights outside the blocks": outside} | block}
+        if output.table_bytes:
+            found["embedding and head"] = tables
+        return found
+    block |= {"a block of float weights": 0, "weights of all blocks": sketch.float_bytes - sketch.outside_bytes}
+    training = training_memory(output.linear_weights, sketch.float_bytes, recipe)
+    found = {"a block": {"weights outside the blocks": sketch.outside_bytes} | block}
+    if training:
+        packed = {"packed model": output.tensors, "training": training}
+        found["training of the whole model"] = packed
+    return found
+
+
+def _block(sketch: Sketch, block: BlockSketch, packed: int, recipe: QepConfig, workspace: Workspace) -> dict[str, int]:
+    tokens = min(recipe.batch_size, recipe.num_samples) * recipe.seq_len
+    passing = pass_bytes(sketch, block, tokens)
+    solving = max((solving_bytes(group, recipe, workspace) for group in block.groups), default=0)
+    return {
+        "a block of float weights": block.float_bytes,
+        "packed weights of the block": packed,
+        "solving the widest linear": int(max(solving, passing)),
+    }
+
+
+def pass_bytes(sketch: Sketch, block: BlockSketch, tokens: int) -> int:
+    """What some tokens take while they pass a block and are observed."""
+    size, widest = sketch.dtype.itemsize, max((group.in_features for group in block.groups), default=0)
+    return tokens * (size * block_width(sketch, block) + OBSERVED_COPIES * FLOAT32 * widest)
+
+
+def block_width(sketch: Sketch, block: BlockSketch) -> int:
+    """Values that a block holds for each token while it runs: outputs of linears, and some of the stream's width."""
+    dense = sum(ref.out_features for ref in block.linears if ref.expert is None)
+    experts = {g.linears[0].name: g.linears[0].out_features for g in block.groups if g.linears[0].expert is not None}
+    return dense + sketch.active_experts * sum(experts.values()) + PASS_TENSORS * sketch.hidden
+
+
+def _disk(sketch: Sketch, output: OutputPlan, streams: int, spilled: int, streaming: bool) -> Peak:
+    parts = {"float model": sketch.float_bytes, "output": output.file_bytes, "activations": spilled}
+    if streaming:
+        parts |= {"finished blocks": sum(output.packed_blocks), "states to go on from": STATES * streams}
+    return Peak("the end", parts)
+
+
+def _largest(moments: dict[str, dict[str, int]]) -> Peak:
+    peaks = [Peak(name, {part: int(size) for part, size in parts.items() if size}) for name, parts in moments.items()]
+    return max(peaks, key=lambda peak: peak.bytes)
