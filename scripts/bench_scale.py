@@ -3,10 +3,11 @@
     python scripts/bench_scale.py costs                       # two minutes; into the user's cache, where the plan looks
     python scripts/bench_scale.py costs --out costs.json
     python scripts/bench_scale.py runs                        # random models of growing width, depth and tokens
+    python scripts/bench_scale.py memory --model FOLDER --text FILE   # peak of a real run beside the planned ones
 
 `costs` times each phase of the engine on random linears, in processor seconds if it has one thread, and counts the
 memory that correcting and solving a linear takes. `runs` quantises random models and fits exponents of width, depth and
-tokens.
+tokens. `memory` runs `hf-qep quantize --effort fast` in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import argparse
 import json
 import math
 import os
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections import OrderedDict
@@ -47,7 +51,7 @@ RATIOS = (1 / 12, 1 / 3, 1.0, 3.0)
 """out / in of the linears whose workspace is counted: those of a large decoder."""
 HEAD_SIZE = 64
 DISK_BYTES = 1 << 27
-RUNS = [(128, 1, 512), (128, 2, 512), (128, 1, 1024), (256, 1, 512), (256, 2, 1024)]
+RUNS = [(256, 1, 1024), (256, 2, 1024), (256, 1, 2048), (512, 1, 1024), (512, 2, 2048)]
 """(width, blocks, calibration tokens)."""
 
 
@@ -212,16 +216,49 @@ def _run(width: int, depth: int, tokens: int) -> tuple[float, float]:
     return seconds_of(lambda: quantize_model(model, QepConfig(**recipe), rows), "cpu"), planned
 
 
+def compare_peak_memory(folder: str, text: str, num_samples: int = 64, seq_len: int = 256) -> dict[str, int]:
+    """Bytes at the peak of a run in a process of its own, and what is planned for one that reads block by block and
+    for one that has all weights in memory."""
+    from hf_qep.engine.planning.job import Planner, Request
+    from hf_qep.engine.planning.origin import find_origin
+    from hf_qep.evaluation.memory import resident_bytes
+
+    process, origin = resident_bytes(), find_origin(folder)
+    planner = Planner(origin.config, origin.dtype, costs.load_costs(), process=process)
+    plan = planner.plan(Request({"effort": "fast", "num_samples": num_samples, "seq_len": seq_len}))
+    words = ["--effort", "fast", "--dataset", text, "--num-samples", str(num_samples), "--seq-len", str(seq_len)]
+    with tempfile.TemporaryDirectory() as out:
+        command = [
+            sys.executable,
+            "-c",
+            "from hf_qep.cli import main; main()",
+            "quantize",
+            folder,
+            "--out",
+            f"{out}/model",
+            *words,
+            "--quiet",
+        ]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    measured = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
+    return {"measured": measured, "block by block": plan.on_cpu.ram.bytes, "all weights": plan.whole.ram.bytes}
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", choices=["costs", "runs"])
+    parser.add_argument("section", choices=["costs", "runs", "memory"])
+    parser.add_argument("--model", help="of memory: folder of a float model")
+    parser.add_argument("--text", help="of memory: calibration text")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=costs.cost_file(), help="of costs; default: the user's cache")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.section == "runs":
         measure_runs()
+        return
+    if args.section == "memory":
+        print(json.dumps(compare_peak_memory(args.model, args.text)))
         return
     table = measure_costs()
     write_text_aside(args.out, json.dumps(_rounded(table), indent=1) + "\n")
