@@ -137,8 +137,8 @@ def _quantize(
 def _open(folder: Path, config: QepConfig) -> tuple[Any, Any, Any, str | None]:
     """Model, tokenizer, and either what reads the blocks of the model or why all of it is in memory."""
     from hf_qep.engine.on_demand import load_on_demand
+    from hf_qep.engine.residence import why_in_memory
     from hf_qep.engine.source import load_float_model
-    from hf_qep.engine.streaming import why_in_memory
     from hf_qep.errors import ArchitectureError
 
     why = why_in_memory(config)

@@ -9,12 +9,26 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from hf_qep.architectures.parts import Block, Structure
+from hf_qep.config import AUTO, QepConfig
 
 if TYPE_CHECKING:
     from hf_qep.engine.block import Job
 
 CACHE_LINE = 64
 """Bytes; torch's own tensors begin at a multiple of it."""
+
+
+def why_in_memory(config: QepConfig) -> str | None:
+    """What in a recipe needs all weights at once, None if nothing does."""
+    if config.distill_epochs:
+        return f"distill_epochs {config.distill_epochs} trains all layers together (effort `fast` does not)"
+    if config.tune_epochs:
+        return f"tune_epochs {config.tune_epochs} trains through the blocks behind"
+    if config.method == AUTO:
+        return f"method `{AUTO}` compares all layers first"
+    if config.method == "factored" and config.output_curvature:
+        return "method `factored` measures how the whole model's output depends on each layer"
+    return None
 
 
 class Residence:

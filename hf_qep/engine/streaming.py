@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from hf_qep.architectures.parts import Block, Structure
 from hf_qep.architectures.skeleton import block_inputs, forward_rest, run_block
-from hf_qep.config import AUTO, QepConfig
 from hf_qep.conversion import as_stored, finish_loading
 from hf_qep.engine.block import Job
 from hf_qep.engine.on_demand import BlockWeights, forget_weights
@@ -25,19 +24,6 @@ from hf_qep.registry import FORMATS
 
 STREAMS = {"float": "float_stream", "quantized": "quantized_stream"}
 """File -> attribute of a job."""
-
-
-def why_in_memory(config: QepConfig) -> str | None:
-    """What in a recipe needs all weights at once, None if nothing does."""
-    if config.distill_epochs:
-        return f"distill_epochs {config.distill_epochs} trains all layers together (effort `fast` does not)"
-    if config.tune_epochs:
-        return f"tune_epochs {config.tune_epochs} trains through the blocks behind"
-    if config.method == AUTO:
-        return f"method `{AUTO}` compares all layers first"
-    if config.method == "factored" and config.output_curvature:
-        return "method `factored` measures how the whole model's output depends on each layer"
-    return None
 
 
 class Streaming(Residence):

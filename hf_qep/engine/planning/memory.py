@@ -15,6 +15,7 @@ from hf_qep.config import AUTO, QepConfig
 from hf_qep.engine.plan import training_memory
 from hf_qep.engine.planning.output import OutputPlan
 from hf_qep.engine.planning.sketch import BlockSketch, GroupSketch, Sketch
+from hf_qep.engine.residence import why_in_memory
 from hf_qep.engine.tables import PANEL_WEIGHTS
 
 STREAM_ROOM = 8 << 30
@@ -62,19 +63,6 @@ class JobMemory:
     disk: Peak
     spilled: int
     """Activations that go to the disk."""
-
-
-def why_in_memory(recipe: QepConfig) -> str | None:
-    """What in a recipe needs all weights at once, None if nothing does."""
-    if recipe.distill_epochs:
-        return f"distill_epochs {recipe.distill_epochs} trains all layers together"
-    if recipe.tune_epochs:
-        return f"tune_epochs {recipe.tune_epochs} trains through the blocks behind"
-    if recipe.method == AUTO:
-        return f"method `{AUTO}` compares all layers first"
-    if recipe.method == "factored" and recipe.output_curvature:
-        return "method `factored` measures how the whole model's output depends on each layer"
-    return None
 
 
 def job_memory(
