@@ -63,24 +63,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Described], read: Callable[[
 
     Raises ValueError if it gives another dtype or shape, KeyError for a dtype that is not in DTYPES.
     """
-    rank = {dtype: place for place, dtype in enumerate(DTYPES)}
-    order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name in order:
-        found = tensors[name]
-        span = [at, at := at + found.bytes]
-        header[name] = {"dtype": DTYPES[found.dtype], "shape": list(found.shape), "data_offsets": span}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
+        file.write(header_of(tensors))
+        for name in _in_order(tensors):
             tensor = read(name).detach().cpu().contiguous()
             if Described.of(tensor) != tensors[name]:
                 raise ValueError(f"{name!r} is {Described.of(tensor)}, not {tensors[name]}")
             if tensor.numel():
                 file.write(_bytes(tensor))
+
+
+def header_of(tensors: Mapping[str, Described]) -> bytes:
+    """All that a file of these tensors holds before their values. Raises KeyError for a dtype that is not in DTYPES."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in _in_order(tensors):
+        found = tensors[name]
+        span = [at, at := at + found.bytes]
+        header[name] = {"dtype": DTYPES[found.dtype], "shape": list(found.shape), "data_offsets": span}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _in_order(tensors: Mapping[str, Described]) -> list[str]:
+    rank = {dtype: place for place, dtype in enumerate(DTYPES)}
+    return sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_qep.accounting import bits_report
-from hf_qep.engine.assembly import save_assembled
+from hf_qep.engine.assembly import SHARD_SIZE, save_assembled
 from hf_qep.engine.headers import CODE_KEYS, INDEX_FILE, MANIFEST, read_headers
 from hf_qep.engine.manifest import MANIFEST_VERSION, file_table, versions
 from hf_qep.engine.source import free_space_check
@@ -32,7 +32,7 @@ def save_checkpoint(
     tokenizer: Any,
     manifest: dict[str, Any],
     overwrite: bool = False,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int = SHARD_SIZE,
     remote_code: bool = False,
     blocks: Sequence[Path] = (),
 ) -> Path:

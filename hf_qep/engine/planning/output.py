@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hf_qep.accounting import stored_bytes
 from hf_qep.architectures.parts import LinearRef
 from hf_qep.architectures.tables import Table, embeddings_of, find_tables
 from hf_qep.config import AUTO, QepConfig
 from hf_qep.conversion import settle
+from hf_qep.engine.assembly import SHARD_SIZE, split_into_files, tensors_in_files
 from hf_qep.engine.budget import bit_budget, choices
 from hf_qep.engine.plan import block_list, empty_model, quantized_linears
 from hf_qep.engine.recipes import Recipe, uniform_recipes
+from hf_qep.engine.tensor_files import Described, header_of
 from hf_qep.modules import PackedTensors, packed_like, replace_module
-
-SHARD_SIZE = "5GB"
-"""Most bytes of tensors in one file, as the writer asks for them."""
-_NAMES = {
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.uint32: "U32",
-    torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
-    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-"""torch dtype -> name in a file, in the order in which a file holds its tensors."""
-_PREFIX, _ALIGNMENT = 8, 8
-"""Bytes of the length before a header, and what the length is a multiple of."""
 
 
 @dataclass(frozen=True)
@@ -109,28 +95,28 @@ def plan_output(config: PreTrainedConfig, recipe: QepConfig, dtype: torch.dtype)
     recipes = {ref: choices(*ref.shape)[0] for ref in linears} if auto else uniform_recipes(linears, recipe)
     _pack(model, recipes, tables)
     settle(model, copy.deepcopy(recipe))  # names in the files
-    state = _stored(model)
+    files = {name: Described.of(tensor) for name, tensor in tensors_in_files(model).items()}
     embedding, head = (_weights_of(module) for module in embeddings_of(model))
     tied = any(a is b for a in embedding for b in head)
     packed = _packed_linears(model, [name for table in tables for name in table.names])
     packed_bytes = sum(map(_bytes, packed))
     parts = {"embedding": sum(map(_bytes, embedding)), "head": 0 if tied else sum(map(_bytes, head))}
-    headers, files = _headers(state)
-    total = sum(map(_bytes, state.values()))
+    headers, number = _headers(files)
+    sizes = [tensor.bytes for tensor in files.values()]
     inside = [_bytes_of(_members(module)) for module in model.get_submodule(chain)]
     return OutputPlan(
         linears=packed_bytes if budget is None else budget,
         **parts,
-        rest=total - packed_bytes - sum(parts.values()),
+        rest=sum(sizes) - packed_bytes - sum(parts.values()),
         headers=headers,
-        files=files,
+        files=number,
         linear_weights=sum(ref.out_features * ref.in_features for ref in linears),
         table_weights=sum(table.rows * table.columns for table in tables),
         table_bytes=_table_bytes(model, tables),
         parameters=parameters,
         float_bytes=float_bytes,
         exact=not auto,
-        largest_tensor=max(map(_bytes, state.values())),
+        largest_tensor=max(sizes),
         packed_blocks=tuple(size + ((budget or packed_bytes) - packed_bytes) // len(inside) for size in inside),
     )
 
@@ -149,37 +135,10 @@ def _pack(model: nn.Module, recipes: Mapping[LinearRef, Recipe], tables: Sequenc
             replace_module(model, name, module)
 
 
-def _stored(model: Any) -> dict[str, Tensor]:
-    """What `save_pretrained` writes, by the names in the files."""
-    state = model.state_dict()
-    for name in model._keys_to_ignore_on_save or ():
-        state.pop(name, None)
-    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
-
-
-def _headers(state: Mapping[str, Tensor]) -> tuple[int, int]:
+def _headers(tensors: Mapping[str, Described]) -> tuple[int, int]:
     """Bytes of all headers, and number of files."""
-    split = split_state_dict_into_shards_factory(
-        dict(state),
-        get_storage_size=_bytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=SHARD_SIZE,
-    )
-    shards = split.filename_to_tensors.values()
-    return sum(header_bytes({name: state[name] for name in names}) for names in shards), len(shards)
-
-
-def header_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes that the safetensors library writes before these tensors, which may be on meta."""
-    rank = {dtype: place for place, dtype in enumerate(_NAMES)}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name in sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name)):
-        tensor = tensors[name]
-        span = [at, at := at + _bytes(tensor)]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return _PREFIX + length + -length % _ALIGNMENT
+    shards = split_into_files(tensors, SHARD_SIZE).filename_to_tensors.values()
+    return sum(len(header_of({name: tensors[name] for name in names})) for names in shards), len(shards)
 
 
 def _packed_linears(model: nn.Module, tables: Sequence[str]) -> list[Tensor]:
