@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig
 from hf_qep.config import QepConfig
 from hf_qep.engine.planning.costs import CostTable, Seconds, job_operations, job_seconds, machine, matrix_rate
 from hf_qep.engine.planning.decoding import CHUNK, Decoding, plan_decoding
-from hf_qep.engine.planning.memory import STREAM_ROOM, JobMemory, job_memory
+from hf_qep.engine.planning.memory import JobMemory, job_memory
 from hf_qep.engine.planning.output import OutputPlan, plan_output
 from hf_qep.engine.planning.sketch import Sketch, sketch_of
+from hf_qep.engine.streams import ROOM_BYTES
 from hf_qep.files import canonical_json
 
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -31,7 +32,7 @@ class Request:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     contexts: tuple[int, ...] = ()
     chunk: int = CHUNK
-    stream_room: int = STREAM_ROOM
+    stream_room: int = ROOM_BYTES
 
     def changed(self, changes: Mapping[str, Any]) -> Request:
         """The same with other values; what is no field of this is an option of the recipe."""

@@ -16,13 +16,13 @@ from hf_qep.engine.plan import training_memory
 from hf_qep.engine.planning.output import OutputPlan
 from hf_qep.engine.planning.sketch import BlockSketch, GroupSketch, Sketch
 from hf_qep.engine.residence import why_in_memory
+from hf_qep.engine.streams import ROOM_BYTES
 from hf_qep.engine.tables import PANEL_WEIGHTS
+from hf_qep.engine.unfinished import KEPT
 
-STREAM_ROOM = 8 << 30
-"""Bytes of activations that are kept in memory unless more or less is asked for."""
 FLOAT32 = 4
-STATES = 3
-"""States of an unfinished job on the disk: two that are kept, and one that is being written."""
+STATES = KEPT + 1
+"""States of an unfinished job on the disk: those that are kept, and one that is being written."""
 ROUNDING_COPIES = 7
 """float32 copies of a panel while a table is rounded."""
 PASS_TENSORS = 6
@@ -73,7 +73,7 @@ def job_memory(
     *,
     on_gpu: bool = False,
     whole: bool | None = None,
-    stream_room: int = STREAM_ROOM,
+    stream_room: int = ROOM_BYTES,
     process: int = 0,
 ) -> JobMemory:
     """Peaks of quantising. on_gpu: weights and solving there, activations in RAM. whole: have the whole model in memory
