@@ -24,12 +24,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def parse_size(size: str | int) -> int:
-    """Bytes of a size such as "14GB" (10^9), "900MB", "14GiB" (2^30) or a number of bytes. Raises ConfigError."""
+def parse_size(size: str | int, *, zero: bool = False) -> int:
+    """Bytes of a size such as "14GB" (10^9), "900MB", "14GiB" (2^30) or a number of bytes. zero: "0B" is one as well.
+
+    Raises ConfigError.
+    """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    if found is None or not float(found[1]):
+    if found is None or not (zero or float(found[1])):
         raise ConfigError(f'a size must be a number of bytes or like "14GB", "900MB" or "14GiB", not {size!r}')
     number, prefix, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))

@@ -69,6 +69,10 @@ def test_sizes_are_read_as_they_are_written_on_the_hub(size, expected):
     assert parse_size(size) == expected
 
 
+def test_no_bytes_are_a_size_where_that_is_asked_for():
+    assert parse_size("0B", zero=True) == parse_size("0MB", zero=True) == 0
+
+
 @pytest.mark.parametrize("size", ["14", "GB", "-1GB", "0GB", "1e3MB", 0, -5, True, 1.5, None])
 def test_what_is_no_size_is_refused_with_its_value(size):
     with pytest.raises(ConfigError, match=re.escape(repr(size))):

@@ -61,17 +61,20 @@ def quantize_and_save(
     overwrite: bool = False,
     remote_code: bool = False,
     progress: Progress = SILENT,
+    stream_budget: int | None = None,
 ) -> Saved:
     """Quantise `model` in place, save it to `out`, load that folder as a user would and compare.
 
     calibration: default is what `config` asks for. stored_as: dtype in the files of what stays float, for models that
-    compute in another one; `model` is cast to it. Raises QepError or OSError; `out` is then as it was, except that it
-    is removed if the folder does not load back to the same model.
+    compute in another one; `model` is cast to it. stream_budget: bytes of activations in memory; default: ROOM_BYTES.
+    Raises QepError or OSError; `out` is then as it was, except that it is removed if the folder does not load back to
+    the same model.
     """
     check_output(out, overwrite=overwrite)
     if calibration is None:
         calibration = _calibration(model, tokenizer, config)
-    report = quantize_model(model, config, calibration, progress=progress, stored_as=stored_as)
+    room = ROOM_BYTES if stream_budget is None else stream_budget
+    report = quantize_model(model, config, calibration, progress=progress, stored_as=stored_as, stream_budget=room)
     if stored_as is not None:
         cast_weights(model, stored_as)
     manifest = _manifest(base_model, base_folder, config, calibration, report)

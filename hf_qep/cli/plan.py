@@ -14,6 +14,7 @@ from hf_qep.cli.quantize import (
     LOOKAHEAD_HELP,
     MEMORY_HELP,
     METHOD_HELP,
+    ROOM_HELP,
     SIGNS_HELP,
     TABLE_HELP,
     TUNE_HELP,
@@ -31,7 +32,6 @@ RAM_HELP = "Memory of the machine, such as 64GB: does it fit?"
 DISK_HELP = "Free disk, such as 500GB: does it fit?"
 CONTEXT_HELP = "Tokens of context while decoding; may be repeated. Left out: several, up to what the model takes."
 CHUNK_HELP = "Tokens of a prompt that are read at a time while decoding."
-ROOM_HELP = "Activations kept in memory while quantising; the rest goes to the disk. Left out: 8GiB."
 RECIPE = (
     "bits", "method", "max_memory", "group_size", "effort", "num_samples", "seq_len", "batch_size", "propagation",
     "residual", "tune_epochs", "tune_lookahead", "distill_epochs", "distill_signs", "embedding_bits", "head_bits",
@@ -70,7 +70,7 @@ def plan_command(
 ) -> None:
     """Show what quantising a model will take and give, and whether it fits."""
     recipe = {name: value for name, value in locals().items() if name in RECIPE} | {"skip_modules": skip}
-    room = None if stream_room is None else parse_size(stream_room) if stream_room not in ("0", "0B") else 0
+    room = None if stream_room is None else parse_size(stream_room, zero=True)
     sizes = {
         name: None if size is None else parse_size(size) for name, size in (("gpu", gpu), ("ram", ram), ("disk", disk))
     }

@@ -11,7 +11,7 @@ import typer
 
 from hf_qep.cli import output
 from hf_qep.cli.placement import DTYPES, DeviceOption, to_device, to_dtype
-from hf_qep.files import check_output
+from hf_qep.files import check_output, parse_size
 from hf_qep.progress import Progress
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ BITS_HELP = "Bits per weight: 1.0; with `factored` and `auto` 0.3 to 2.5, scales
 METHOD_HELP = "Solver: sign, onebit, gptq, rtn, qqa or factored; auto: sign or factored for each layer."
 MEMORY_HELP = "Instead of --bits, with `auto`: most bytes of the weight files, such as 14GB."
 TABLE_HELP = "Bits of the {}, 4 or 8. Left out: as stored."
+ROOM_HELP = (
+    "Activations kept in memory while quantising, such as 2GB; the rest goes to the disk. Left out: 8GiB, and block by "
+    "block no more than half of the free memory."
+)
 RESUME_HELP = "Go on behind the last block of a job that was killed or failed."
 RECIPE = (
     "bits", "method", "max_memory", "group_size", "effort", "dataset", "num_samples", "seq_len", "batch_size",
@@ -70,6 +74,7 @@ def quantize_command(
     skip: Annotated[list[str] | None, typer.Option(help="Module that stays float; may be repeated.")] = None,
     device: DeviceOption = "cpu",
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    stream_room: Annotated[str | None, typer.Option(help=ROOM_HELP)] = None,
     remote_code: Annotated[
         bool, typer.Option("--remote-code", help="Add files with which the folder loads without this plugin.")
     ] = False,
@@ -80,10 +85,12 @@ def quantize_command(
 ) -> None:
     """Quantise a model to about one bit per weight and save it."""
     recipe = {name: value for name, value in locals().items() if name in RECIPE} | {"skip_modules": skip}
+    room = None if stream_room is None else parse_size(stream_room, zero=True)
     check_output(out, overwrite=overwrite or resume)  # before the seconds that the imports below take
     began = time.monotonic()
     place, compute_as = to_device(device), to_dtype(dtype)
     saving = {"overwrite": overwrite, "remote_code": remote_code, "progress": Progress(quiet or as_json)}
+    saving["stream_budget"] = room
     say = (lambda text: None) if quiet or as_json else output.note
     config, saved, best = _quantize(model, revision, recipe, out, place, compute_as, saving, resume, say)
     seconds = round(time.monotonic() - began, 1)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from hf_qep.accounting import bits_report
 from hf_qep.cli import demo
 from hf_qep.cli import job as job_module
+from hf_qep.engine.streams import StreamStore
 from tests.cli.test_commands import refusal, run
 
 SMALL = ("--num-samples", 4, "--seq-len", 16)
@@ -109,6 +110,30 @@ def test_a_job_without_training_reads_block_by_block_and_can_be_resumed(float_fo
     name = "model.safetensors"
     assert (tmp_path / "q" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "q"}
+
+
+@pytest.mark.parametrize("effort", [("fast",), ("fast", "--tune-epochs", 1)], ids=["block by block", "in memory"])
+def test_a_small_room_for_activations_sends_them_to_the_disk_and_changes_nothing(
+    float_folder, text_file, tmp_path, monkeypatch, effort
+):
+    stores = []
+
+    class Watched(StreamStore):
+        def __init__(self, *args):
+            super().__init__(*args)
+            stores.append(self)
+
+    monkeypatch.setattr("hf_qep.engine.job.StreamStore", Watched)
+    words = ("quantize", float_folder, "--dataset", text_file, "--method", "rtn", "--effort", *effort, *SMALL)
+    for name, room in (("much", ()), ("little", ("--stream-room", "9kB")), ("none", ("--stream-room", "0B"))):
+        result = run(*words, "--out", tmp_path / name, *room)
+        assert result.exit_code == 0, (result.output, result.exception)
+    much, little, none = stores
+    assert much.spilled_bytes == 0 and 0 < little.spilled_bytes < none.spilled_bytes
+    assert (little.budget_bytes, none.budget_bytes) == (9000, 0)
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("much", "little", "none")]
+    assert written[0] == written[1] == written[2]
+    assert "14GB" in refusal(run(*words, "--out", tmp_path / "q", "--stream-room", "some"))
 
 
 def full_disk(*_):
