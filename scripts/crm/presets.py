@@ -1,5 +1,5 @@
-"""How much of everything: a test of a minute (`quick`), half an hour (`small`), what the page reports (`default`), and
-more for those who have a day (`full`)."""
+"""How much of everything: a test of a minute (`quick`), half an hour without the control (`small`), what the page
+reports (`default`), and more for those who have a day (`full`)."""
 
 from __future__ import annotations
 
@@ -33,10 +33,8 @@ BANK_MIXES = (IMITATION, Mix(0.3, as_it_answers=True), Mix(0.5))
 _CONTROL = {FEW_SHOT: 1, STUDENT: 1}
 
 
-def _control(judge_rows: int = 384) -> Plan:
-    return Plan(
-        Sizes(None, None, None), _CONTROL, judge_rows=judge_rows, trials=12, proxy_steps=30, climbers=3, epochs=3
-    )
+def _control() -> Plan:
+    return Plan(Sizes(None, None, None), _CONTROL, trials=12, proxy_steps=30, climbers=3, epochs=3)
 
 
 def _quick() -> Preset:
@@ -62,11 +60,11 @@ def _quick() -> Preset:
 
 
 def _small() -> Preset:
-    few = {"judge_rows": 128, "trials": 8, "proxy_steps": 30, "climbers": 2, "tuned_rows": 1_500, "tuned_epochs": 1}
+    few = {"judge_rows": 128, "trials": 8, "proxy_steps": 30, "climbers": 2, "tuned_rows": 1_000, "tuned_epochs": 1}
     seeds = _seeds(1, 1, 1, 1)
-    bank = Plan(Sizes(6_000, 1_000, None), seeds, epochs=6, mixes=(IMITATION,), **few)
+    bank = Plan(Sizes(4_000, 1_000, None), seeds, epochs=6, mixes=(IMITATION,), **few)
     world = Plan(Sizes(6_000, 1_000, 2_000), seeds, epochs=6, mixes=(Mix(0.8),), **few)
-    return Preset(TeacherPlan(), {BANK: bank, WORLD: world, PIPELINE: _control(128)}, skill=20)
+    return Preset(TeacherPlan(), {BANK: bank, WORLD: world}, skill=20)
 
 
 def _default() -> Preset:
