@@ -62,8 +62,8 @@ def _quick() -> Preset:
 def _small() -> Preset:
     few = {"judge_rows": 128, "trials": 8, "proxy_steps": 30, "climbers": 2, "tuned_rows": 1_000, "tuned_epochs": 1}
     seeds = _seeds(1, 1, 1, 1)
-    bank = Plan(Sizes(4_000, 1_000, None), seeds, epochs=6, mixes=(IMITATION,), **few)
-    world = Plan(Sizes(6_000, 1_000, 2_000), seeds, epochs=6, mixes=(Mix(0.8),), **few)
+    bank = Plan(Sizes(4_000, 1_000, None), seeds, epochs=5, mixes=(IMITATION,), **few)
+    world = Plan(Sizes(5_000, 1_000, 2_000), seeds, epochs=6, mixes=(Mix(0.8),), **few)
     return Preset(TeacherPlan(), {BANK: bank, WORLD: world}, skill=20)
 
 
