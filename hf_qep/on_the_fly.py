@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_qep.config import QepConfig
-from hf_qep.engine.calibration import load_calibration
+from hf_qep.engine.calibration import calibration_of
 from hf_qep.engine.job import quantize_model
 from hf_qep.progress import Progress
 
@@ -15,16 +15,9 @@ from hf_qep.progress import Progress
 def quantize_loaded(model: PreTrainedModel, config: QepConfig) -> None:
     """Calibrate by `config.dataset`, or by text the model writes itself, and quantise `model` in place.
 
-    Raises what `load_calibration` and `quantize_model` raise.
+    Raises what `calibration_of` and `quantize_model` raise.
     """
-    calibration = load_calibration(
-        config.dataset,
-        _tokenizer(model, config),
-        num_samples=config.num_samples,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        model=model,
-    )
+    calibration = calibration_of(config, _tokenizer(model, config), model)
     model.is_quantized = False  # transformers announced it before loading, but every weight is still float
     quantize_model(model, config, calibration, progress=Progress())
 

@@ -47,6 +47,8 @@ from speed_models import (
     stored_bytes,
 )
 
+from hf_qep.kernels.processor import processor_name
+
 FULL: dict[str, Any] = {
     "shapes": "4096x4096,4096x11008,12288x12288,576x1536", "batches": "1,4,16,128", "pool": 160.0, "slice": 0.03,
     "read": 512.0, "rounds": 7, "model": ["llama-0.1b", "cohere2-0.1b", "llama-1b", "command-a-block"],
@@ -89,12 +91,7 @@ def ratio(of: float | None, to: float | None) -> float | None:
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
     """What was measured on what; no name of the machine and no path."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    found = {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__}
+    found = {"cpu": processor_name() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     found |= {"transformers": transformers.__version__, "rounds": args.rounds}
     try:
         from hf_qep.kernels.native import kernels

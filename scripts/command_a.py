@@ -16,7 +16,6 @@ leaves it in the manifest; `--revision` repeats a run.
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -131,25 +130,13 @@ def plan_command(
 
     from hf_qep.config import QepConfig
     from hf_qep.engine.plan import plan_quantization
+    from hf_qep.engine.planning.costs import matrix_rate
 
     recipe = find(name)
     config = AutoConfig.from_pretrained(model or recipe.model, revision=revision or "main")
     settings = QepConfig(bits=recipe.bits, method=recipe.method, num_samples=recipe.num_samples, seq_len=recipe.seq_len)
     plan = plan_quantization(config, settings, rate=matrix_rate() if measure else None)
     typer.echo(json.dumps({"model": model or recipe.model, **plan.to_dict()}, indent=2))
-
-
-def matrix_rate(width: int = 1024, seconds: float = 1.0) -> float:
-    """Floating-point operations per second of a float32 matrix product on this machine."""
-    import torch
-
-    a = torch.randn(width, width)
-    a @ a  # the first product sets up threads
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        a @ a
-        count += 1
-    return 2.0 * width**3 * count / (time.perf_counter() - began)
 
 
 @app.command("run")

@@ -41,6 +41,7 @@ from search_table import kept
 
 from hf_qep.errors import ConfigError, QepError
 from hf_qep.files import write_text_aside
+from hf_qep.kernels.processor import processor_name
 from hf_qep.progress import Progress
 
 HERE = Path(__file__).resolve().parent
@@ -146,11 +147,7 @@ def _added(work: Path, seconds: dict[str, int]) -> dict[str, int]:
 
 
 def _machine(workers: int) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
+    name = processor_name() or platform.machine()
     return {"processor": name, "cores": os.cpu_count(), "tasks at once": workers, "torch": torch.__version__}
 
 

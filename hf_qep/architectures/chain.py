@@ -173,36 +173,24 @@ def _learnt(
     """Let the observer know the weights of a member while it runs: they are in memory only then."""
     inside = [ref for ref in refs if name in _ancestors(f"{ref.name}.")]
     before = member.register_forward_pre_hook(lambda *_: observer.learn({r: get_weight(model, r) for r in inside}))
-    after = member.register_forward_hook(lambda *_: observer.forget(inside), always_call=True)
-    try:
+    with before, member.register_forward_hook(lambda *_: observer.forget(inside), always_call=True):
         yield
-    finally:
-        before.remove()
-        after.remove()
 
 
 @contextmanager
 def _marked_running(running: list[str], name: str, module: nn.Module) -> Iterator[None]:
     """Keep `name` in `running` while the module's forward runs."""
     before = module.register_forward_pre_hook(lambda *_: running.append(name))
-    after = module.register_forward_hook(lambda *_: running.remove(name), always_call=True)
-    try:
+    with before, module.register_forward_hook(lambda *_: running.remove(name), always_call=True):
         yield
-    finally:
-        before.remove()
-        after.remove()
 
 
 @contextmanager
 def _watched(trace: Trace, name: str, index: int, last: bool, member: nn.Module) -> Iterator[None]:
     """Hooks on one member that write its calls into the trace."""
     before = member.register_forward_pre_hook(_enter_hook(trace, name, index), with_kwargs=True)
-    after = member.register_forward_hook(_leave_hook(trace, name, index, last))
-    try:
+    with before, member.register_forward_hook(_leave_hook(trace, name, index, last)):
         yield
-    finally:
-        before.remove()
-        after.remove()
 
 
 def _enter_hook(trace: Trace, name: str, index: int) -> Callable[..., None]:

@@ -72,7 +72,7 @@ def run_demo(configs: dict[str, QepConfig], text: Path, out: Path, *, quiet: boo
     """Quantise, save, reload and measure once per config, by the name of its folder below `out`; all see the same
     calibration rows and the same text."""
     from hf_qep.cli.job import quantize_and_save
-    from hf_qep.engine.calibration import load_calibration
+    from hf_qep.engine.calibration import calibration_of
     from hf_qep.engine.source import load_float_model
     from hf_qep.modules import cast_weights
 
@@ -83,14 +83,7 @@ def run_demo(configs: dict[str, QepConfig], text: Path, out: Path, *, quiet: boo
     float_model.float()  # six times faster than bfloat16 on a processor that has no units for it
     first = next(iter(configs.values()))
     say(f"{first.num_samples} calibration rows: {first.dataset or 'the model writes them itself'}")
-    calibration = load_calibration(
-        first.dataset,
-        tokenizer,
-        num_samples=first.num_samples,
-        seq_len=first.seq_len,
-        seed=first.seed,
-        model=float_model,
-    )
+    calibration = calibration_of(first, tokenizer, float_model)
     records, samples = {}, {}
     for name, config in configs.items():
         folder = out / name

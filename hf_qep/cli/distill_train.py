@@ -175,8 +175,8 @@ class Lesson:
             teacher = self.opened.asked  # only one that is asked now can judge rows without labels
         elif loss.asks:
             teacher = self.said("train", hidden=loss.needs_hidden)
-            self.calibration = self._calibrated() if loss.alpha < 1 else None
             judged = self.said("judge") if loss.alpha < 1 and judge.task not in (EMBEDDING, DETECTION) else None
+            self.calibration = None if judged is None else self._calibrated(judged)
         adapted = self._adapted(student) if self.teaching.rank else student
         folder = self._folder(who)
         report = train_student(
@@ -226,12 +226,13 @@ class Lesson:
             shutil.rmtree(folder, ignore_errors=True)
         return folder
 
-    def _calibrated(self) -> Calibration | None:
-        """The teacher's temperature and bias, None where it is left as it is."""
+    def _calibrated(self, said: Said) -> Calibration | None:
+        """The teacher's temperature and bias by what it said about the rows to judge by, None where it is left as it
+        is."""
         if self.teaching.calibrate is False or not _has_classes(self.parts["judge"]):
             return None
         try:
-            return calibrate_teacher(self.said("judge"), self.parts["judge"])
+            return calibrate_teacher(said, self.parts["judge"])
         except ConfigError as error:
             if self.teaching.calibrate:
                 raise

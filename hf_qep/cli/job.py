@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_qep.accounting import bits_report
 from hf_qep.config import QepConfig
-from hf_qep.engine.calibration import Calibration, load_calibration
+from hf_qep.engine.calibration import Calibration, calibration_of
 from hf_qep.engine.fingerprint import job_parts
 from hf_qep.engine.job import quantize_model
 from hf_qep.engine.manifest import build_manifest
@@ -72,7 +72,7 @@ def quantize_and_save(
     """
     check_output(out, overwrite=overwrite)
     if calibration is None:
-        calibration = _calibration(model, tokenizer, config)
+        calibration = calibration_of(config, tokenizer, model)
     room = ROOM_BYTES if stream_budget is None else stream_budget
     report = quantize_model(model, config, calibration, progress=progress, stored_as=stored_as, stream_budget=room)
     if stored_as is not None:
@@ -116,7 +116,7 @@ def stream_and_save(
         own = config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self")
         held = own and blocks.bytes < SHARE * free_memory()
         with blocks.holding_all() if held and not unfinished.has_rows else nullcontext():
-            calibration = unfinished.calibration(lambda: _calibration(model, tokenizer, config), costly=own)
+            calibration = unfinished.calibration(lambda: calibration_of(config, tokenizer, model), costly=own)
         probe = _probe(calibration)
         streaming = Streaming(blocks, unfinished, probe, stored_as)
         report = quantize_model(
@@ -185,17 +185,6 @@ def _probe(calibration: Calibration) -> dict[str, torch.Tensor]:
         name: value[:CHECKED_ROWS, :CHECKED_TOKENS] if value.ndim == 2 else value[:CHECKED_ROWS]
         for name, value in calibration.inputs.items()
     }
-
-
-def _calibration(model: PreTrainedModel, tokenizer: Any, config: QepConfig) -> Calibration:
-    return load_calibration(
-        config.dataset,
-        tokenizer,
-        num_samples=config.num_samples,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        model=model,
-    )
 
 
 def _room() -> int:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_qep.config import QepConfig
 from hf_qep.engine.packing import PackedRows, cut_rows, pack_rows
 from hf_qep.engine.self_sampling import sample_rows
 from hf_qep.engine.text_sources import apportion, describe_spec, open_sources, read_texts
 from hf_qep.errors import CalibrationError
 
-__all__ = ["Calibration", "advise", "load_calibration", "read_texts"]
+__all__ = ["Calibration", "advise", "calibration_of", "load_calibration", "read_texts"]
 
 ADVISED_TOKENS_PER_INPUT = 4
 """Tokens per input feature of the widest linear below which its Hessian is mostly noise; at 1 it is singular."""
@@ -95,6 +96,12 @@ def load_calibration(
     inputs = _draw(inputs, num_samples, seed)
     _check_ids(inputs, tokenizer, model)
     return _finish(inputs, sources, asked=num_samples, seed=seed, model=model)
+
+
+def calibration_of(config: QepConfig, tokenizer: Any, model: PreTrainedModel) -> Calibration:
+    """What a recipe asks for, see `load_calibration`. model: to be quantised by it."""
+    sizes = {"num_samples": config.num_samples, "seq_len": config.seq_len, "seed": config.seed}
+    return load_calibration(config.dataset, tokenizer, model=model, **sizes)
 
 
 def advise(calibration_tokens: int, widest_input: int) -> str | None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_qep.accounting import bits_report
 from hf_qep.files import sha256
+from hf_qep.kernels.processor import processor_name
 
 PACKAGES = {"torch": "torch", "transformers": "transformers", "hf_qep": "hf-qep", "lm_eval": "lm_eval"}
 
@@ -50,7 +51,7 @@ def describe_environment(model: nn.Module) -> Environment:
     return Environment(
         versions={"python": platform.python_version()} | {k: _version(d) for k, d in PACKAGES.items()},
         platform=f"{platform.system()} {platform.machine()}",
-        processor=_processor(),
+        processor=processor_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=_memory_bytes(),
         accelerator=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -96,13 +97,6 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str | None:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or None
 
 
 def _memory_bytes() -> int | None:

@@ -28,6 +28,7 @@ from hf_qep.engine.plan import FACTORISATIONS, SOLVER_PRODUCTS, training_operati
 from hf_qep.engine.planning.memory import FLOAT32
 from hf_qep.engine.planning.sketch import BlockSketch, GroupSketch, Sketch
 from hf_qep.errors import ConfigError
+from hf_qep.kernels.processor import processor_name
 
 FILE = "costs.json"
 VERSION = 1
@@ -103,10 +104,7 @@ def load_costs() -> CostTable:
 
 def machine() -> dict[str, Any]:
     """What decides how fast this machine is: processor and threads of torch."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.machine(), "threads": torch.get_num_threads()}
+    return {"processor": processor_name() or platform.machine(), "threads": torch.get_num_threads()}
 
 
 def matrix_rate(width: int = RATE_WIDTH, seconds: float = RATE_SECONDS) -> float:
