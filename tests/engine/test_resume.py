@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
 import shutil
 import signal
 from collections import namedtuple
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from hf_qep.engine import assembly, block, streaming, tensor_files, unfinished, 
 from hf_qep.engine.streams import Stream
 from hf_qep.engine.unfinished import Unfinished
 from hf_qep.errors import DiskSpaceError, OutputExistsError, ResumeError
+from tests.clean_process import exit_code
 from tests.engine.test_streaming import config, files, rows, streamed
 
 RECIPE = {"method": "rtn"}
@@ -33,28 +36,25 @@ def source(tmp_path_factory, tiny_model):
     return folder / "m", files(folder / "out")
 
 
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def killed(place: tuple[object, str], call: int, folder: Path, out: Path, **options) -> bool:
     """Run the job in a child that is killed instead of making call number `call` of a function; whether it was."""
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            owner, name = place
-            original, left = getattr(owner, name), [call]
+    owner, name = place
+    owner = owner.__name__ if isinstance(owner, ModuleType) else owner  # a module cannot be pickled
+    return exit_code(run_until, owner, name, call, folder, out, options) == -signal.SIGKILL
 
-            def counting(*args, **kwargs):
-                if left[0] == 0:
-                    die()
-                left[0] -= 1
-                return original(*args, **kwargs)
 
-            setattr(owner, name, counting)
-            streamed(folder, out, config(**RECIPE), **options)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+def run_until(owner: Any, name: str, calls: int, folder: Path, out: Path, options: dict[str, Any]) -> None:
+    owner = import_module(owner) if isinstance(owner, str) else owner
+    original, left = getattr(owner, name), [calls]
+
+    def counting(*args, **kwargs):
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counting)
+    streamed(folder, out, config(**RECIPE), **options)
 
 
 PLACES = [

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import resource
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_qep.config import QepConfig
 from hf_qep.engine.source import load_quantized
+from tests.clean_process import exit_code
 from tests.engine.test_streaming import in_memory, streamed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of address space, /proc and fork")
@@ -36,29 +35,32 @@ def large(tmp_path_factory):
     return folder
 
 
-def runs_within(allowance: int, work) -> bool:
-    """Whether a child process that may take so much more memory does the work without an error."""
-    child = os.fork()
-    if child == 0:
-        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the heap of every thread reserves as much as is allowed here
-        code = 1
-        try:
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # or freed tensors would stay in a heap full of holes
-            held = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
-            resource.setrlimit(resource.RLIMIT_AS, (held + allowance, resource.RLIM_INFINITY))
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def limit_memory():
+    import resource
+
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the heap of every thread reserves as much as is allowed here
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # or freed tensors would stay in a heap full of holes
+    held = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+    resource.setrlimit(resource.RLIMIT_AS, (held + ALLOWANCE, resource.RLIM_INFINITY))
+
+
+def tokens():
+    return torch.randint(0, 128, (4, 32), generator=torch.Generator().manual_seed(0))
+
+
+def quantize(way, folder, out):
+    limit_memory()
+    way(folder, out, QepConfig(method="rtn", dataset={"input_ids": tokens()}, num_samples=4, batch_size=2))
+
+
+@torch.no_grad()
+def use(folder):
+    limit_memory()
+    load_quantized(folder)(input_ids=tokens())
 
 
 def test_only_the_streaming_job_stays_within_the_limit(large, tmp_path):
-    ids = torch.randint(0, 128, (4, 32), generator=torch.Generator().manual_seed(0))
-    recipe = QepConfig(method="rtn", dataset={"input_ids": ids}, num_samples=4, batch_size=2)
-    assert not runs_within(ALLOWANCE, lambda: in_memory(large, tmp_path / "whole", recipe))
+    assert exit_code(quantize, in_memory, large, tmp_path / "whole") == 1
     assert not (tmp_path / "whole").exists()
-    assert runs_within(ALLOWANCE, lambda: streamed(large, tmp_path / "streamed", recipe))
-    assert runs_within(ALLOWANCE, torch.no_grad()(lambda: load_quantized(tmp_path / "streamed")(input_ids=ids)))
+    assert exit_code(quantize, streamed, large, tmp_path / "streamed") == 0
+    assert exit_code(use, tmp_path / "streamed") == 0

@@ -1,0 +1,37 @@
+"""Calls in processes of their own, forked from an interpreter without threads.
+
+A process that pytest forks itself has copies of locks that other threads held at that moment, and waits for them for
+ever. Here a server that has imported everything and started nothing forks instead.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+PRELOADED = ["tests.engine.test_streaming"]
+"""Modules that the server imports, once."""
+PATIENCE = 240
+"""Seconds after which a process is taken for stuck."""
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOADED)
+
+
+def exit_code(target: Callable[..., Any], *args: Any) -> int:
+    """Call `target` in a new process: 0 if it returned, 1 if it raised, -9 if it was killed. Both must be picklable."""
+    process = _context.Process(target=_call, args=(target, *args), daemon=True)
+    process.start()
+    process.join(PATIENCE)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f"{target.__name__} did not end within {PATIENCE} s")
+    return process.exitcode
+
+
+def _call(target: Callable[..., Any], *args: Any) -> None:
+    torch.set_num_threads(1)
+    target(*args)
