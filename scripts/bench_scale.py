@@ -107,7 +107,7 @@ def workspace_units(method: str) -> list[list[float]]:
     """Rows (out / in, squares, rows of the input's width) of a method, from the peaks at two widths."""
     found = []
     for ratio in RATIOS:
-        widest = min(WIDEST.get(method, 1024) // 2, 512)
+        widest = WIDEST.get(method, 2048)  # rows are taken by the thousand, which shows at no lower width
         narrow, wide = (
             workspace_bytes(method, max(16, round(ratio * w)), w) / (4 * w**2) for w in (widest // 2, widest)
         )

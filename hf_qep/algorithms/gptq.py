@@ -39,19 +39,18 @@ def error_feedback_signs(
     Raises IllConditionedError if H + λI has no Cholesky factor.
     """
     order = _rounded_last_to_first(hessian, act_order)
-    factor, _ = cholesky_damped(hessian.index_select(0, order).index_select(1, order), damping)
+    factor, _ = cholesky_damped(hessian, damping, order)
     W = weight.T.contiguous().index_select(0, order)
     M, group = magnitude.T.contiguous(), order // (weight.shape[1] // magnitude.shape[1])
-    error = torch.empty_like(W)
     signs = torch.empty(W.shape, dtype=torch.bool, device=W.device)
     for stop in range(len(W), 0, -block):
         now = slice(max(stop - block, 0), stop)
         reach = factor[stop:, now] / factor.diagonal()[now]
-        x = torch.addmm(W[now], reach.T, error[stop:])
+        x = torch.addmm(W[now], reach.T, W[stop:])
         coupling = factor[now, now] / factor.diagonal()[now]
         # round_block runs forwards, hence the flips.
         codes = round_block(x.flip(0), W[now].flip(0), M[group[now].flip(0)], coupling.flip(0, 1)).flip(0)
-        torch.sub(W[now], codes, out=error[now])
+        W[now] -= codes  # from here on the error of these columns
         signs[order[now]] = ~torch.signbit(codes)
     return signs.T.contiguous()
 

@@ -6,12 +6,16 @@ the partly quantised model and x what it reads in the float model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from hf_qep.errors import IllConditionedError, NonFiniteError
 
 RETRIES = 5
+ARRANGED_ROWS = 256
 
 PRIOR = 2
 """Tokens' worth of ridge per input. Tokens of one text resemble each other, so it takes more than one of them to settle
@@ -92,7 +96,7 @@ class Moments:
     @property
     def has_output_gap(self) -> bool:
         """Whether the gap of the output is kept."""
-        return self._gap is not None
+        return len(self._mean_gap) > 0
 
     def hessian(self, *, centered: bool = False) -> Tensor:
         """H = E[x̂ x̂ᵀ], (in, in) float32; zeros before the first token. Raises NonFiniteError on NaN or Inf."""
@@ -106,11 +110,14 @@ class Moments:
         cross = _checked(self._cross, "the cross moment of the activations")
         return cross - _outer(self._mean_float - self._mean_quantized, self._mean_quantized) if centered else cross
 
-    def output_gap(self, *, centered: bool = False) -> Tensor:
-        """G = E[(y - ŷ) x̂ᵀ], (outputs, in) float32. Raises NonFiniteError on NaN or Inf, ValueError if not kept."""
+    def take_output_gap(self, *, centered: bool = False) -> Tensor:
+        """G = E[(y - ŷ) x̂ᵀ], (outputs, in) float32, which is not kept any longer.
+
+        Raises NonFiniteError on NaN or Inf, ValueError if it was not kept or was taken before.
+        """
         if self._gap is None:
             raise ValueError("the output gap was not kept: build Moments with outputs")
-        gap = _checked(self._gap, "the gap between the two streams")
+        gap, self._gap = _checked(self._gap, "the gap between the two streams"), None
         return gap - _outer(self._mean_gap, self._mean_quantized) if centered else gap
 
     def mean_gap(self) -> Tensor:
@@ -144,32 +151,64 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     hessian: (in, in) float32. A dead input has a zero row and column, so any positive diagonal makes the metric
     definite and leaves its weights uncoupled; the mean keeps them as important as an average input.
     """
-    diagonal = hessian.diagonal()
-    live = diagonal > 0
-    mean = diagonal[live].mean() if live.any() else diagonal.new_ones(())
     H = hessian.clone()
-    H.diagonal().copy_(torch.where(live, diagonal + damping * mean, mean))
+    H.diagonal().copy_(damped_diagonal(hessian.diagonal(), damping))
     return H
 
 
-def cholesky_damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Lower factor L and the damped matrix H + λI = L Lᵀ, both (in, in) float32.
+@contextmanager
+def damped_in_place(hessian: Tensor, damping: float) -> Iterator[Tensor]:
+    """The same matrix while the body runs, as before afterwards: a wide Hessian is not copied for its diagonal."""
+    before = hessian.diagonal().clone()
+    hessian.diagonal().copy_(damped_diagonal(before, damping))
+    try:
+        yield hessian
+    finally:
+        hessian.diagonal().copy_(before)
+
+
+def cholesky_damped(hessian: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+    """Lower factor L of the damped matrix, H + λI = L Lᵀ, (in, in) float32, and the damping that it took.
 
     hessian: (in, in) float32; damping: fraction of the mean diagonal, raised tenfold up to 5 times when there is no
-    factor. Raises IllConditionedError when that does not help, or when the matrix holds NaN or Inf.
+    factor. order: (in,) arrangement of rows and columns to factorise, default as they are. It takes one more matrix of
+    the size. Raises IllConditionedError when that does not help, or when the matrix holds NaN or Inf.
     """
-    if not torch.isfinite(hessian).all():
+    if not all_finite(hessian):
         raise IllConditionedError("the Hessian holds NaN or Inf; check the weights and activations of the model")
+    factor = hessian.new_empty(hessian.shape).mT  # column by column, as LAPACK overwrites it
     attempts = [damping] + [max(damping, 1e-6) * 10.0**k for k in range(1, RETRIES + 1)]
     for attempt in attempts:
-        H = damped(hessian, attempt)
-        factor, info = torch.linalg.cholesky_ex(H)
+        _arrange(factor, hessian, order)
+        factor.diagonal().copy_(damped_diagonal(factor.diagonal().clone(), attempt))
+        found, info = torch.linalg.cholesky_ex(factor, out=(factor, hessian.new_empty((), dtype=torch.int32)))
         if not info.any():
-            return factor, H
+            return found, attempt
     raise IllConditionedError(
         f"no Cholesky factor of the {len(hessian)}-wide Hessian, even with damping {attempts[-1]:g} of its mean "
         f"diagonal; use more calibration tokens or a damping above {damping:g}"
     )
+
+
+def all_finite(matrix: Tensor) -> bool:
+    """Whether a tensor, not empty, holds neither NaN nor Inf; `torch.isfinite` would take another of its size."""
+    return all(bound.isfinite().item() for bound in torch.aminmax(matrix))
+
+
+def _arrange(out: Tensor, matrix: Tensor, order: Tensor | None) -> None:
+    """Rows and columns of `matrix` in another order, a few rows at a time."""
+    if order is None:
+        out.copy_(matrix)
+        return
+    for rows, some in zip(out.split(ARRANGED_ROWS), order.split(ARRANGED_ROWS), strict=True):
+        rows.copy_(matrix.index_select(0, some).index_select(1, order))
+
+
+def damped_diagonal(diagonal: Tensor, damping: float) -> Tensor:
+    """Diagonal of `damped(H, damping)` from that of H, both (in,)."""
+    live = diagonal > 0
+    mean = diagonal[live].mean() if live.any() else diagonal.new_ones(())
+    return torch.where(live, diagonal + damping * mean, mean)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -177,6 +216,6 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _checked(moment: Tensor, what: str) -> Tensor:
-    if not torch.isfinite(moment).all():
+    if not all_finite(moment):
         raise NonFiniteError(f"{what} holds NaN or Inf; the model overflows on the calibration data")
     return moment

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from hf_qep.algorithms.moments import cholesky_damped
+from hf_qep.algorithms.scales import ROW_CHUNK
 
 
 def correct_target(
@@ -18,14 +21,15 @@ def correct_target(
     At strength 1 and damping 0, W* minimises E‖W x - W* x̂‖²: it is the least-squares regression of the float output
     on the quantised input. Any solver that minimises tr[(Ŵ - W*) H (Ŵ - W*)ᵀ] then minimises the error of the output.
 
-    weight        (out, in)  float32
+    weight        (out, in)  any float dtype
     hessian       (in, in)   E[x̂ x̂ᵀ] over tokens of the quantised stream
     cross_moment  (in, in)   E[(x - x̂) x̂ᵀ]
     strength      0 returns the weight unchanged, 1 corrects fully
     damping       fraction of the mean diagonal; more shrinks the correction towards none
-    Returns (out, in) float32. Raises IllConditionedError if H + λI has no Cholesky factor.
+    Returns (out, in) in the dtype of H. Raises IllConditionedError if H + λI has no Cholesky factor.
     """
-    return correct_output(weight, hessian, weight @ cross_moment, strength=strength, damping=damping)
+    gaps = (rows.to(cross_moment) @ cross_moment for rows in weight.split(ROW_CHUNK))
+    return _corrected(weight, hessian, gaps, strength, damping)
 
 
 def correct_output(
@@ -38,7 +42,16 @@ def correct_output(
                   residual stream, y - ŷ taken after the addition also holds the error that the residual carries past
                   the layer, and the layer corrects as much of it as its input can predict.
     """
+    return _corrected(weight, hessian, output_gap.split(ROW_CHUNK), strength, damping)
+
+
+def _corrected(weight: Tensor, hessian: Tensor, gaps: Iterable[Tensor], strength: float, damping: float) -> Tensor:
+    """gaps: of ROW_CHUNK rows at a time, made when they are wanted."""
+    corrected = weight.to(hessian.dtype, copy=True)
     if strength == 0:
-        return weight.clone()
+        return corrected
     factor, _ = cholesky_damped(hessian, damping)
-    return weight + strength * torch.cholesky_solve(output_gap.T, factor).T
+    for rows, gap in zip(corrected.split(ROW_CHUNK), gaps, strict=True):
+        half = torch.linalg.solve_triangular(factor.mT, gap, upper=True, left=False)  # cholesky_solve copies the factor
+        rows.add_(torch.linalg.solve_triangular(factor, half, upper=False, left=False), alpha=strength)
+    return corrected

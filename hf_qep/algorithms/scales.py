@@ -16,7 +16,8 @@ from torch import Tensor
 from hf_qep.algorithms.moments import cholesky_damped
 
 ROW_CHUNK = 1024
-"""Rows per pass over the group systems; bounds their memory to ROW_CHUNK · groups²."""
+"""Rows at a time where rows do not meet: bounds what is held beside the weights, for group systems to ROW_CHUNK ·
+groups² numbers."""
 
 RIDGE = 1e-6
 """Relative ridge of the systems: far below float16 precision of a scale, enough when a scale has no effect at all."""
@@ -24,8 +25,17 @@ RIDGE = 1e-6
 
 def weighted_error(approximation: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
     """tr[(Ŵ - W) H (Ŵ - W)ᵀ], a scalar; all float32, (out, in), (out, in), (in, in)."""
-    difference = approximation - weight
-    return ((difference @ hessian) * difference).sum()
+    chunks = zip(approximation.split(ROW_CHUNK), weight.split(ROW_CHUNK), strict=True)
+    return sum((_energy(there - here, hessian) for there, here in chunks), weight.new_zeros(()))
+
+
+def energy(matrix: Tensor, hessian: Tensor) -> Tensor:
+    """tr[M H Mᵀ], a scalar; (out, in) and (in, in) float32."""
+    return sum((_energy(rows, hessian) for rows in matrix.split(ROW_CHUNK)), matrix.new_zeros(()))
+
+
+def _energy(rows: Tensor, hessian: Tensor) -> Tensor:
+    return ((rows @ hessian) * rows).sum()
 
 
 def row_scales(weight: Tensor, direction: Tensor, hessian: Tensor, group_size: int | None = None) -> Tensor:

@@ -80,10 +80,11 @@ def descend(
     scale of the whole row needs `scales.row_scales`.
     block: columns per matrix product, a multiple of WINDOW. Flips do not depend on it but for rounding; refits of b do.
     """
-    T = start.dense().T.contiguous()
-    D = weight.T.contiguous().sub_(T)
+    T = start.direction().T.contiguous()
     row, column = start.row_scale.T.clone(), start.column_scale.clone()
     group = len(T) // len(row)
+    T.unflatten(0, (-1, group)).mul_(row.unsqueeze(1))
+    D = weight.T.contiguous().sub_(T)
     for _ in range(sweeps):
         for now in _blocks(len(T), group, block):
             H, t = hessian[now, now], T[now].clone()

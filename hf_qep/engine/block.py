@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from hf_qep.algorithms.distillation import NORM_EPS
 from hf_qep.algorithms.moments import Moments, ridge
-from hf_qep.algorithms.qep import correct_output
+from hf_qep.algorithms.qep import correct_output, correct_target
+from hf_qep.algorithms.scales import energy, weighted_error
 from hf_qep.architectures.access import get_bias, get_weight
 from hf_qep.architectures.observe import LinearObserver, StopForward
 from hf_qep.architectures.skeleton import BlockInputs, run_block
@@ -238,17 +239,11 @@ def _solve_linear(
 ) -> None:
     config, recipe = job.config, job.recipes[ref]
     method, spec = METHODS.get(recipe.method), recipe.spec
-    weight = get_weight(job.model, ref).float()
     strength = job.strength(group)
-    centered = _takes_up_mean(job, ref)
-    hessian = _hessian(moments, pool, centered=centered)
+    hessian = _hessian(moments, pool, centered=_takes_up_mean(job, ref))
     damping = ridge(config.damping, ref.in_features, moments.count if pool is None else moments.count + len(pool))
     with job.timed("correct"):
-        target = weight
-        if strength > 0:
-            summed = moments.has_output_gap
-            gap = moments.output_gap(centered=centered) if summed else weight @ moments.cross(centered=centered)
-            target = correct_output(weight, hessian, gap, strength=strength, damping=damping)
+        target = _target(job, ref, moments, hessian, strength=strength, damping=damping)
     with job.timed("solve"):
         generator = torch.Generator().manual_seed(layer_seed(config.seed, ref))
         metric = None if job.curvature is None else job.curvature.found.get(ref)
@@ -258,13 +253,13 @@ def _solve_linear(
     module = packed[ref.name]
     if job.latents is not None and ref.expert is None:
         job.latents[ref.name] = latents_of(parts, module.format.assemble, target)
-    tensors = {k: v.to(weight.device) for k, v in module.format.pack(parts, spec).items()}
+    tensors = {k: v.to(target.device) for k, v in module.format.pack(parts, spec).items()}
     shipped = module.format.dequantize(tensors, spec, ref.out_features, ref.in_features, torch.float32)
     if isinstance(module, QepExpertWeight):
         module.load_packed_expert(ref.expert, tensors)
     else:
         module.load_packed(tensors)
-        _set_bias(job, ref, module, weight, shipped, moments, corrected=strength > 0)
+        _set_bias(job, ref, module, shipped, moments, corrected=strength > 0)
     job.report.layers.append(
         LayerReport(
             name=ref.name,
@@ -273,7 +268,7 @@ def _solve_linear(
             in_features=ref.in_features,
             spec=asdict(spec),
             stored_bits=module.format.stored_bits(spec, ref.out_features, ref.in_features),
-            error=_relative_error(target, shipped, hessian),
+            error=weighted_error(shipped, target, hessian).item() / max(energy(target, hessian).item(), 1e-30),
             tokens=moments.count,
             propagation=strength,
             exempt=group.exempt,
@@ -281,30 +276,32 @@ def _solve_linear(
     )
 
 
+def _target(job: Job, ref: LinearRef, moments: Moments, hessian: Tensor, *, strength: float, damping: float) -> Tensor:
+    """What to solve for: the float weight, corrected for the error upstream; float32."""
+    weight, centered = get_weight(job.model, ref), _takes_up_mean(job, ref)
+    if strength == 0:
+        return weight.float()
+    if moments.has_output_gap:
+        gap = moments.take_output_gap(centered=centered)
+        return correct_output(weight, hessian, gap, strength=strength, damping=damping)
+    return correct_target(weight, hessian, moments.cross(centered=centered), strength=strength, damping=damping)
+
+
 def _takes_up_mean(job: Job, ref: LinearRef) -> bool:
     """Whether the bias of a linear will take up the mean error of its output, so that only the rest is to be solved."""
     return job.config.bias_correction and ref.expert is None and get_bias(job.model, ref) is not None
 
 
-def _set_bias(
-    job: Job, ref: LinearRef, module: Any, weight: Tensor, shipped: Tensor, moments: Moments, *, corrected: bool
-) -> None:
+def _set_bias(job: Job, ref: LinearRef, module: Any, shipped: Tensor, moments: Moments, *, corrected: bool) -> None:
     """Copy the bias; with bias correction also move the mean output error into it."""
     bias = get_bias(job.model, ref)
     if bias is None:
         return
     new = bias.float()
     if _takes_up_mean(job, ref):
-        mean = moments.mean_quantized()
+        mean, weight = moments.mean_quantized(), get_weight(job.model, ref).float()
         new = new + (weight - shipped) @ mean
         if corrected:
             summed = moments.has_output_gap
             new = new + (moments.mean_gap() if summed else weight @ (moments.mean_float() - mean))
     module.bias.data.copy_(new)
-
-
-def _relative_error(target: Tensor, shipped: Tensor, hessian: Tensor) -> float:
-    def energy(m: Tensor) -> float:
-        return (m @ hessian * m).sum().item()
-
-    return energy(target - shipped) / max(energy(target), 1e-30)

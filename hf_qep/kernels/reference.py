@@ -30,12 +30,16 @@ def scaled_signs(
     words: Tensor, columns: int, row_scale: Tensor, column_scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Dense matrix (rows, columns) of `dtype`.  words int32 (rows, ceil(columns/32)); row_scale (rows, groups)."""
-    signs = unpack_signs(words, columns, torch.float32)
-    groups = row_scale.shape[-1]
-    dense = (signs.unflatten(-1, (groups, -1)) * row_scale.float().unsqueeze(-1)).flatten(-2)
+    signs, groups = unpack_signs(words, columns, torch.float32), row_scale.shape[-1]
+    dense = _product(signs.unflatten(-1, (groups, -1)), row_scale.float().unsqueeze(-1)).flatten(-2)
     if column_scale is not None:
-        dense = dense * column_scale.float()
+        dense = _product(dense, column_scale.float())
     return dense.to(dtype)
+
+
+def _product(own: Tensor, scale: Tensor) -> Tensor:
+    """own · scale, in place where no gradient needs `own`: a wide linear takes gigabytes."""
+    return own * scale if torch.is_grad_enabled() and scale.requires_grad else own.mul_(scale)
 
 
 def sign_linear(

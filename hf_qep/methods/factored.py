@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_qep.algorithms.admm import balance, factorise, refit
-from hf_qep.algorithms.moments import cholesky_damped
+from hf_qep.algorithms.moments import cholesky_damped, damped
 from hf_qep.algorithms.straight_through import start_latents
 from hf_qep.errors import BitsError, ConfigError
 from hf_qep.formats import factored
@@ -54,7 +54,7 @@ def solve(problem: LayerProblem, *, iterations: int = ITERATIONS) -> dict[str, T
 
     Raises IllConditionedError if the damped Hessian has no Cholesky factor.
     """
-    _, H = cholesky_damped(problem.hessian, problem.damping)
+    H = damped(problem.hessian, cholesky_damped(problem.hessian, problem.damping)[1])
     rank, generator = problem.spec.rank, problem.generator
     L = None if problem.output_metric is None else problem.output_metric.to(H)
     found = factorise(problem.weight, H, rank, iterations=iterations, generator=generator, output_metric=L)

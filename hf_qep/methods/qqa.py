@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_qep.algorithms.annealing import quasi_quantum_annealing
-from hf_qep.algorithms.moments import damped
+from hf_qep.algorithms.moments import damped_in_place
 from hf_qep.algorithms.signs import SignWeight, balance
 from hf_qep.formats import sign as packed
 from hf_qep.methods import sign
@@ -26,8 +26,8 @@ def solve(problem: LayerProblem) -> dict[str, Tensor]:
     parts, columns = sign.solve(problem), problem.spec.column_scale
     column_scale = parts["column_scale"] if columns else torch.ones_like(problem.weight[0])
     start = SignWeight(parts["signs"], parts["row_scale"], column_scale)
-    H = damped(problem.hessian, problem.damping)
-    found = quasi_quantum_annealing(start, problem.weight, H, generator=problem.generator, refit_columns=columns)
+    with damped_in_place(problem.hessian, problem.damping) as H:
+        found = quasi_quantum_annealing(start, problem.weight, H, generator=problem.generator, refit_columns=columns)
     if not columns:
         return {"signs": found.signs, "row_scale": found.row_scale}
     found = balance(found)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_qep.algorithms.gptq import error_feedback_signs
-from hf_qep.algorithms.moments import damped
+from hf_qep.algorithms.moments import damped_diagonal, damped_in_place
 from hf_qep.algorithms.scales import row_scales
 from hf_qep.algorithms.signs import SignWeight, absorb_signs, balance, descend
 from hf_qep.formats import sign
@@ -31,21 +31,28 @@ def spec(bits: float, group_size: int | None, out_features: int, in_features: in
 
 def solve(problem: LayerProblem) -> dict[str, Tensor]:
     """Parts of format `sign`. Raises IllConditionedError if the damped Hessian has no Cholesky factor."""
-    W, H = problem.weight, damped(problem.hessian, problem.damping)
-    start = _error_feedback(problem, H)
-    columns = problem.spec.column_scale
-    found = descend(start, W, H, sweeps=SWEEPS, refit_columns=columns)
+    signs, columns = _error_feedback(problem), problem.spec.column_scale
+    with damped_in_place(problem.hessian, problem.damping) as H:
+        start = _fitted(signs, problem, H)
+        del signs
+        found = descend(start, problem.weight, H, sweeps=SWEEPS, refit_columns=columns)
     if not columns:
         return {"signs": found.signs, "row_scale": found.row_scale}
     found = balance(found)
     return {"signs": found.signs, "row_scale": found.row_scale, "column_scale": found.column_scale}
 
 
-def _error_feedback(problem: LayerProblem, H: Tensor) -> SignWeight:
-    """Signs by error feedback for magnitudes that fit the columns which matter, then the best row scales for them."""
-    W, group = problem.weight, problem.spec.group_size
-    importance = H.diagonal().unflatten(0, (-1, group or W.shape[1]))
+def _error_feedback(problem: LayerProblem) -> Tensor:
+    """Signs by error feedback for magnitudes that fit the columns which matter."""
+    W, H = problem.weight, problem.hessian
+    diagonal = damped_diagonal(H.diagonal(), problem.damping)
+    importance = diagonal.unflatten(0, (-1, problem.spec.group_size or W.shape[1]))
     scales = (W.abs().unflatten(1, importance.shape) * importance).sum(2) / importance.sum(1)
-    signs = error_feedback_signs(W, scales, problem.hessian, damping=problem.damping, act_order=True)
-    scales = row_scales(W, torch.where(signs, 1.0, -1.0), H, group)
+    return error_feedback_signs(W, scales, H, damping=problem.damping, act_order=True)
+
+
+def _fitted(signs: Tensor, problem: LayerProblem, H: Tensor) -> SignWeight:
+    """The best row scales for these signs."""
+    W = problem.weight
+    scales = row_scales(W, torch.where(signs, 1.0, -1.0), H, problem.spec.group_size)
     return absorb_signs(signs, scales, torch.ones_like(W[0]))

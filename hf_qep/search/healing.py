@@ -173,7 +173,7 @@ def _fit(
     hessian, fitted = moments.hessian(centered=biased), weight
     if not biased or hessian.trace() > CONSTANT * moments.hessian(centered=False).trace():
         amount = ridge(damping, width, moments.count)
-        fitted = correct_output(weight, hessian, moments.output_gap(centered=biased), damping=amount)
+        fitted = correct_output(weight, hessian, moments.take_output_gap(centered=biased), damping=amount)
     if biased:
         shift = moments.mean_gap().to(weight.device) - (fitted - weight) @ moments.mean_quantized().to(weight.device)
         writers[0].bias.add_(shift.to(writers[0].bias))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_qep.algorithms.moments import Moments, cholesky_damped, damped, ridge
+from hf_qep.algorithms.moments import Moments, cholesky_damped, damped, damped_in_place, ridge
 from hf_qep.errors import IllConditionedError, NonFiniteError
 
 
@@ -43,7 +43,7 @@ def test_a_token_of_weight_two_counts_like_two_tokens(cut, seed):
         again = [t[rows].repeat_interleave(times[rows], 0) for t in (xq, xf, gap)]
         repeated.update(*again)
     assert weighted.count == 60
-    for name in ("hessian", "cross", "output_gap", "mean_quantized", "mean_float", "mean_gap"):
+    for name in ("hessian", "cross", "take_output_gap", "mean_quantized", "mean_float", "mean_gap"):
         one, other = getattr(weighted, name)(), getattr(repeated, name)()
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -57,7 +57,7 @@ def test_centred_moments_give_the_regression_with_an_intercept():
     design = torch.cat([xq, torch.ones(60, 1)], 1).double()
     best = torch.linalg.lstsq(design, wanted.double()).solution[:7].T
     H = moments.hessian(centered=True).double()
-    for gap in (moments.output_gap(centered=True), weight @ moments.cross(centered=True)):
+    for gap in (moments.take_output_gap(centered=True), weight @ moments.cross(centered=True)):
         found = weight.double() + torch.linalg.solve(H, gap.double().T).T
         torch.testing.assert_close(found, best, rtol=1e-2, atol=1e-3)
 
@@ -70,7 +70,7 @@ def test_the_ridge_fades_as_tokens_come():
 
 def test_a_moment_that_was_not_kept_is_refused():
     with pytest.raises(ValueError, match="outputs"):
-        Moments(2).output_gap()
+        Moments(2).take_output_gap()
     with pytest.raises(ValueError, match="cross=True"):
         Moments(2).cross()
 
@@ -108,15 +108,32 @@ def test_damping_is_a_fraction_of_the_mean_diagonal_of_live_inputs():
 
 def test_a_singular_hessian_has_a_factor_once_damped():
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    factor, H = cholesky_damped(x.T @ x, 0.01)
-    torch.testing.assert_close(factor @ factor.T, H, rtol=1e-4, atol=1e-4)
+    factor, used = cholesky_damped(x.T @ x, 0.01)
+    assert used == 0.01
+    torch.testing.assert_close(factor @ factor.T, damped(x.T @ x, used), rtol=1e-4, atol=1e-4)
+
+
+def test_a_factor_in_another_order_is_that_of_the_arranged_matrix():
+    x = torch.randn(700, 300, generator=torch.Generator().manual_seed(0))
+    H, order = x.T @ x / 700, torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    before = H.clone()
+    assert torch.equal(cholesky_damped(H, 0.01, order)[0], cholesky_damped(H[order][:, order], 0.01)[0])
+    assert torch.equal(H, before)
+
+
+def test_damping_in_place_ends_with_the_body():
+    H = torch.diag(torch.tensor([1.0, 3.0, 0.0]))
+    with pytest.raises(KeyError), damped_in_place(H, 0.1) as inside:
+        assert inside is H and torch.equal(H, damped(torch.diag(torch.tensor([1.0, 3.0, 0.0])), 0.1))
+        raise KeyError
+    assert torch.equal(H, torch.diag(torch.tensor([1.0, 3.0, 0.0])))
 
 
 def test_damping_grows_until_there_is_a_factor():
     H = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0]))
     H[0, 1] = H[1, 0] = 1.05
     _, used = cholesky_damped(H, 0.001)
-    assert used[0, 0].item() == pytest.approx(1.1)
+    assert used == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("entry", [float("inf"), float("nan"), 1e6])

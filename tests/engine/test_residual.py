@@ -65,7 +65,7 @@ def test_an_output_gap_of_the_layers_own_error_is_plain_error_propagation():
         plain.update(quantized[rows], x[rows])
         gap.update(quantized[rows], gap=(x[rows] - quantized[rows]) @ weight.T)
     one = correct_target(weight, plain.hessian(), plain.cross(), damping=0.01)
-    other = correct_output(weight, gap.hessian(), gap.output_gap(), damping=0.01)
+    other = correct_output(weight, gap.hessian(), gap.take_output_gap(), damping=0.01)
     assert torch.allclose(one, other, atol=1e-4)
     assert torch.allclose(gap.mean_gap(), ((x - quantized) @ weight.T).mean(0), atol=1e-5)
 
