@@ -3,6 +3,8 @@
     python scripts/bench_scale.py costs                       # two minutes; into the user's cache, where the plan looks
     python scripts/bench_scale.py costs --out costs.json
     python scripts/bench_scale.py runs                        # random models of growing width, depth and tokens
+    python scripts/bench_scale.py block --divisor 4 --profile   # one block of Command A, its widths divided by four
+    python scripts/bench_scale.py block --divisor 1 --threads 2 --json block.json   # the real one: 20 GB, about an hour
     python scripts/bench_scale.py memory --model FOLDER --text FILE   # peak of a real run beside the planned ones
 
 `costs` times each phase of the engine on random linears, in processor seconds if it has one thread, and counts the
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 from bench_quantize import DAMPING, problem_of, seconds_of
+from scale_block import measure_block, print_block
 from torch import nn
 
 from hf_qep.algorithms.moments import Moments
@@ -247,9 +250,16 @@ def compare_peak_memory(folder: str, text: str, num_samples: int = 64, seq_len: 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", choices=["costs", "runs", "memory"])
+    parser.add_argument("section", choices=["costs", "runs", "block", "memory"])
     parser.add_argument("--model", help="of memory: folder of a float model")
     parser.add_argument("--text", help="of memory: calibration text")
+    parser.add_argument("--divisor", type=int, default=4, help="of block: what its widths are divided by")
+    parser.add_argument("--tokens", type=int, default=2048, help="of block: of calibration")
+    parser.add_argument("--seq-len", type=int, default=512, help="of block: tokens of a row")
+    parser.add_argument("--method", default="sign", help="of block: solver")
+    parser.add_argument("--device", default="cpu", help="of block: where it is computed")
+    parser.add_argument("--profile", action="store_true", help="of block: which part is products and factorisations")
+    parser.add_argument("--json", type=Path, help="of block: file for the result")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=costs.cost_file(), help="of costs; default: the user's cache")
     args = parser.parse_args()
@@ -257,12 +267,23 @@ def main() -> None:
     if args.section == "runs":
         measure_runs()
         return
+    if args.section == "block":
+        _block(args)
+        return
     if args.section == "memory":
         print(json.dumps(compare_peak_memory(args.model, args.text)))
         return
     table = measure_costs()
     write_text_aside(args.out, json.dumps(_rounded(table), indent=1) + "\n")
     print(f"{args.out.name}: {len(table['phases'])} phases, {math.floor(table['rate'] / 1e9)} GF/s")
+
+
+def _block(args: argparse.Namespace) -> None:
+    where = {"method": args.method, "device": args.device, "profile": args.profile}
+    found = measure_block(args.divisor, args.tokens, args.seq_len, **where)
+    print_block(found)
+    if args.json:
+        write_text_aside(args.json, json.dumps(found, indent=1) + "\n")
 
 
 def _rounded(value: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_qep.algorithms.moments import cholesky_damped
 
-ROW_CHUNK = 1024
+ROW_CHUNK = 256
 """Rows at a time where rows do not meet: bounds what is held beside the weights, for group systems to ROW_CHUNK ·
 groups² numbers."""
 

@@ -101,7 +101,8 @@ def descend(
                 row[now.start // group] *= gain.abs()
             D[now] += T[now].sub_(t)
             T[now] = t
-    return SignWeight((~torch.signbit(T)).T.contiguous(), row.T.contiguous(), column)
+    del D
+    return SignWeight(torch.signbit(T).logical_not_().T.contiguous(), row.T.contiguous(), column)
 
 
 def _flip(t: Tensor, gradient: Tensor, H: Tensor) -> Tensor:
