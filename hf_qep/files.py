@@ -8,20 +8,26 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hf_qep.errors import CheckpointError, ConfigError, OutputExistsError
 
+_PIECE = 1 << 22
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+def sha256(path: Path, seen: Callable[[int], None] | None = None) -> str:
+    """Hex digest of a file. seen: gets the number of bytes of each piece that was read."""
+    digest = hashlib.sha256()
     with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while piece := f.read(_PIECE):
+            digest.update(piece)
+            if seen is not None:
+                seen(len(piece))
+    return digest.hexdigest()
 
 
 def parse_size(size: str | int, *, zero: bool = False) -> int:

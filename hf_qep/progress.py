@@ -29,13 +29,14 @@ class Progress:
 
     @contextmanager
     def bar(self, title: str, total: int, unit: str = "step") -> Iterator[Bar]:
-        """A bar of `total` steps; tqdm estimates the remaining time."""
+        """A bar of `total` steps; tqdm estimates the remaining time. unit: "B" is shown in kB, MB and so on."""
         if not self.visible:
             yield Bar()
             return
         from tqdm import tqdm
 
-        with tqdm(total=total, desc=title, unit=unit, file=sys.stderr, dynamic_ncols=True) as inner:
+        look = {"file": sys.stderr, "dynamic_ncols": True, "unit_scale": unit == "B"}
+        with tqdm(total=total, desc=title, unit=unit, **look) as inner:
             yield Bar(inner)
 
 

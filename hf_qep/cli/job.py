@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from hf_qep.engine.streaming import Streaming
 from hf_qep.engine.streams import ROOM_BYTES
 from hf_qep.engine.unfinished import Unfinished
 from hf_qep.engine.writer import save_checkpoint
-from hf_qep.errors import CheckpointError
+from hf_qep.errors import CheckpointError, DiskSpaceError
 from hf_qep.files import check_output
 from hf_qep.modules import cast_weights
 from hf_qep.progress import SILENT, Progress
@@ -110,9 +111,10 @@ def stream_and_save(
     unfinished = Unfinished(out)
     overwrite = overwrite or (resume and unfinished.wrote_output)
     check_output(out, overwrite=overwrite)
-    parts = job_parts(base_folder, config, model.device, model.dtype if stored_as else None)
+    parts = job_parts(blocks.shards, config, model.device, model.dtype if stored_as else None, progress)
     unfinished.begin(parts, resume=resume, overwrite=overwrite)
     try:
+        blocks.shards.keep_account()
         own = config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self")
         held = own and blocks.bytes < SHARE * free_memory()
         with blocks.holding_all() if held and not unfinished.has_rows else nullcontext():
@@ -135,15 +137,25 @@ def stream_and_save(
         manifest = _manifest(base_model, base_folder, config, calibration, report)
         saving = {"manifest": manifest, "overwrite": overwrite, "remote_code": remote_code}
         save_checkpoint(model, out, tokenizer=tokenizer, blocks=streaming.files, **saving)
-    except BaseException:
+    except BaseException as error:
+        blocks.shards.close()
         unfinished.give_up()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(out, error, unfinished.folder.exists()) from error
         raise
+    blocks.shards.close()
     unfinished.remove()
     dtype = computed if stored_as else None
     reloaded = load_back(type(model), out, probe, streaming.answer, device=model.device, dtype=dtype)
     if stored_as is not None:
         cast_weights(reloaded, stored_as)
     return Saved(reloaded, report, calibration, bits_report(reloaded, out))
+
+
+def disk_full(out: Path, error: OSError, kept: bool) -> DiskSpaceError:
+    """What to do about a disk without space. kept: whether blocks that are done were kept."""
+    next_step = "go on with --resume, which begins behind the last block" if kept else "start again"
+    return DiskSpaceError(f"{error.strerror}, while {str(out)!r} was made; free some space, then {next_step}")
 
 
 @torch.no_grad()

@@ -40,6 +40,10 @@ ROOM_HELP = (
     "block no more than half of the free memory."
 )
 RESUME_HELP = "Go on behind the last block of a job that was killed or failed."
+DROP_HELP = (
+    "Of a Hub model, remove each weight file that was downloaded from the cache once no later block needs it; the disk "
+    "then holds a few of them."
+)
 RECIPE = (
     "bits", "method", "max_memory", "group_size", "effort", "dataset", "num_samples", "seq_len", "batch_size",
     "propagation", "residual", "damping", "tune_epochs", "tune_lookahead", "distill_epochs", "distill_signs",
@@ -80,6 +84,7 @@ def quantize_command(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
+    drop_shards: Annotated[bool, typer.Option("--drop-shards", help=DROP_HELP)] = False,
     quiet: output.QuietOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
@@ -92,7 +97,7 @@ def quantize_command(
     saving = {"overwrite": overwrite, "remote_code": remote_code, "progress": Progress(quiet or as_json)}
     saving["stream_budget"] = room
     say = (lambda text: None) if quiet or as_json else output.note
-    config, saved, best = _quantize(model, revision, recipe, out, place, compute_as, saving, resume, say)
+    config, saved, best = _quantize(model, revision, recipe, out, place, compute_as, saving, resume, drop_shards, say)
     seconds = round(time.monotonic() - began, 1)
     result = summary(model, out, config.method, saved) | {"effort": config.effort, "seconds": seconds}
     result["best_would_take_times"] = best
@@ -111,22 +116,19 @@ def _quantize(
     compute_as: Any,
     saving: dict[str, Any],
     resume: bool,
+    drop: bool,
     say: Callable[[str], None],
 ) -> tuple[QepConfig, Saved, float | None]:
     """The config that was used, the finished job, and how many times as much work the best effort would have been."""
     from hf_qep.cli.job import quantize_and_save, stream_and_save
     from hf_qep.config import EFFORTS, QepConfig
     from hf_qep.engine.plan import count_operations
-    from hf_qep.engine.source import resolve_model
     from hf_qep.engine.unfinished import Unfinished
-    from hf_qep.errors import ConfigError
 
     config = QepConfig(**recipe)
     Unfinished(out).check(resume=resume, overwrite=saving["overwrite"])
-    folder = resolve_model(model, revision)
-    float_model, tokenizer, blocks, why = _open(folder, config)
-    if resume and blocks is None:
-        raise ConfigError(f"only a job that reads its model block by block can be resumed; this one cannot: {why}")
+    options = {"drop": drop, "account": Unfinished(out).shards, "progress": saving["progress"]}
+    folder, float_model, tokenizer, blocks, why = _open(model, revision, config, resume, options)
     say(f"All weights are in memory: {why}." if why else "The weights of one block at a time are in memory.")
     best = None
     if config.effort != "best":
@@ -141,22 +143,34 @@ def _quantize(
     return config, stream_and_save(float_model, blocks, tokenizer, config, out, resume=resume, **saving), best
 
 
-def _open(folder: Path, config: QepConfig) -> tuple[Any, Any, Any, str | None]:
-    """Model, tokenizer, and either what reads the blocks of the model or why all of it is in memory."""
+def _open(
+    name: str, revision: str | None, config: QepConfig, resume: bool, options: dict[str, Any]
+) -> tuple[Path, Any, Any, Any, str | None]:
+    """Folder, model, tokenizer, and either what reads the blocks of the model or why all of it is in memory.
+
+    options: of `open_shards`.
+    """
+    from hf_qep.engine.hub_shards import open_shards
     from hf_qep.engine.on_demand import load_on_demand
     from hf_qep.engine.residence import why_in_memory
-    from hf_qep.engine.source import load_float_model
-    from hf_qep.errors import ArchitectureError
+    from hf_qep.engine.source import load_float_model, resolve_model, snapshot_revision
+    from hf_qep.errors import ArchitectureError, ConfigError
 
     why = why_in_memory(config)
     if why is None:
+        shards = open_shards(name, revision, **options)
         try:
-            model, blocks, tokenizer = load_on_demand(folder)
+            model, blocks, tokenizer = load_on_demand(shards.folder, shards=shards)
         except ArchitectureError as error:
-            why = str(error)
+            shards.close()
+            why, revision = str(error), snapshot_revision(shards.folder) or revision
         else:
-            return model, tokenizer, blocks, None
-    return *load_float_model(folder), None, why
+            return shards.folder, model, tokenizer, blocks, None
+    for asked, what in ((resume, "be resumed"), (options["drop"], "drop its shards")):
+        if asked:
+            raise ConfigError(f"only a job that reads its model block by block can {what}; this one cannot: {why}")
+    folder = resolve_model(name, revision)
+    return folder, *load_float_model(folder), None, why
 
 
 def summary(model: str, out: Path, method: str, saved: Saved) -> dict[str, Any]:

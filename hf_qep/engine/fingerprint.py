@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,36 @@ import torch
 
 from hf_qep.config import QepConfig
 from hf_qep.engine.manifest import versions
+from hf_qep.engine.shards import Shards, digests_of
 from hf_qep.engine.source import snapshot_revision
-from hf_qep.files import sha256
+from hf_qep.progress import SILENT, Progress
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARIES = ("torch", "transformers")
 
 
-def job_parts(folder: Path, config: QepConfig, device: torch.device | str, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Json values: weights and config of the model in `folder`, recipe, where it is computed and in what, code."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+def job_parts(
+    shards: Shards,
+    config: QepConfig,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Json values: weights and config of a model, recipe, where it is computed and in what, code.
+
+    The number of threads is among them: sums are split between them, and round differently for another number.
+    """
+    files = digests_of([shards.folder / "config.json"]) | shards.digests(progress)
     return {
-        "model": {"revision": snapshot_revision(folder), "files": {path.name: _digest(path) for path in files}},
+        "model": {"revision": snapshot_revision(shards.folder), "files": files},
         "recipe": {key: value for key, value in config.to_dict().items() if key != "layers"},
-        "place": {"device": torch.device(device).type, "dtype": None if dtype is None else str(dtype)},
+        "place": {
+            "device": torch.device(device).type,
+            "dtype": None if dtype is None else str(dtype),
+            "threads": torch.get_num_threads(),
+        },
         "code": {name: version for name, version in versions().items() if name in _LIBRARIES} | {"hf_qep": _code()},
     }
-
-
-def _digest(path: Path) -> str:
-    """sha256 of a file; those in the Hub cache are links to files that are named by it."""
-    name = path.resolve().name
-    return name if re.fullmatch(r"[0-9a-f]{64}", name) else sha256(path)
 
 
 def _code() -> str:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ _ITEM_BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
+SHARED_BLOBS = ".huggingface-shared-blobs"
+"""In the folder in which the Hub cache keeps what several repositories share."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -59,47 +61,66 @@ def read_json(path: Path) -> dict[str, Any]:
     return _parse(path.read_bytes(), path.name)
 
 
-def read_headers(folder: Path) -> dict[str, TensorEntry]:
+def read_headers(
+    folder: Path, entries: Callable[[str], dict[str, TensorEntry]] | None = None
+) -> dict[str, TensorEntry]:
     """All tensors of the checkpoint in `folder`, as transformers would find them: one file, or shards with an index.
 
+    entries: tensors of a file by its name, where files need not be in `folder` yet; default: they are read there.
     Raises CheckpointError naming the file or tensor if one is missing, truncated, contradictory or outside `folder`.
     """
+    read = entries or (lambda name: read_header(inside(folder, name)))
     if (folder / SINGLE_FILE).exists():
-        return read_header(inside(folder, SINGLE_FILE))
-    if not (folder / INDEX_FILE).exists():
-        raise CheckpointError(_no_weights(folder))
-    weight_map = read_json(inside(folder, INDEX_FILE)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{INDEX_FILE!r} has no `weight_map`; download the checkpoint again")
-    paths = {name: inside(folder, shard) for name, shard in weight_map.items()}
-    shards = {path.name: read_header(path) for path in sorted(set(paths.values()))}
+        return read(SINGLE_FILE)
+    weight_map = read_weight_map(folder)
+    shards = {name: read(name) for name in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(f"{INDEX_FILE!r} places {name!r} in {shard!r}, which does not hold it")
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Name of a tensor -> plain name of its file, by the index. Raises CheckpointError if there is none to be used."""
+    if not (folder / INDEX_FILE).exists():
+        raise CheckpointError(_no_weights(folder))
+    weight_map = read_json(inside(folder, INDEX_FILE)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX_FILE!r} has no `weight_map`; download the checkpoint again")
+    for shard in weight_map.values():
+        _check_plain(shard)
+    return weight_map
+
+
 def inside(folder: Path, name: Any) -> Path:
     """`folder / name`. Raises CheckpointError unless the name is plain and the file is there."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(safetensors|json)", name):
-        raise CheckpointError(
-            f"the index names the file {name!r}; only plain file names inside the folder are safe to read"
-        )
+    _check_plain(name)
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{name!r} is missing in {folder.name!r}; download the checkpoint again")
     return path
 
 
+def _check_plain(name: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(safetensors|json)", name):
+        raise CheckpointError(
+            f"the index names the file {name!r}; only plain file names inside the folder are safe to read"
+        )
+
+
 def check_links(folder: Path) -> None:
     """Raise CheckpointError for a link that leads out of `folder`: what is read may be published again.
 
-    Files of the Hub cache are links into its own `blobs` folder; these are allowed.
+    Files of the Hub cache are links into `blobs` of their repository or of the whole cache; these are allowed.
     """
     root = folder.resolve()
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        repository = root.parent.parent
+        allowed += [repository / "blobs"]
+        allowed += [repository.parent / "blobs"] if (repository.parent / "blobs" / SHARED_BLOBS).is_file() else []
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(allowed) for allowed in (root, blobs)):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
             raise CheckpointError(
                 f"{path.name!r} is a link to outside {folder.name!r}; replace it by a copy if you trust it"
             )
@@ -107,26 +128,33 @@ def check_links(folder: Path) -> None:
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Tensors of one safetensors file. Raises CheckpointError if the file is not exactly what its header says."""
-    size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(f"{path.name!r} has {size} bytes and no safetensors header; download it again")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{path.name!r} claims a header of {length} bytes, but has {size} bytes (limit {MAX_HEADER_BYTES}); it "
-                "is truncated or not a safetensors file, download it again"
-            )
-        header = _parse(file.read(length), path.name)
-    header.pop("__metadata__", None)
-    spans = {name: _span(path.name, name, entry) for name, entry in header.items()}
-    _check_cover(path.name, spans, size - 8 - length)
-    return {
-        name: TensorEntry(
-            path.name, header[name]["dtype"], tuple(header[name]["shape"]), end - start, 8 + length + start
+        return parse_header(path.name, path.stat().st_size, file.read)
+
+
+def parse_header(name: str, size: int, read: Callable[[int], bytes]) -> dict[str, TensorEntry]:
+    """Tensors of a safetensors file of so many bytes. read: gives the next bytes of it, as many as are asked for.
+
+    Raises CheckpointError if the file is not exactly what its header says.
+    """
+    prefix = read(8)
+    if len(prefix) < 8:
+        raise CheckpointError(f"{name!r} has {size} bytes and no safetensors header; download it again")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{name!r} claims a header of {length} bytes, but has {size} bytes (limit {MAX_HEADER_BYTES}); it is "
+            "truncated or not a safetensors file, download it again"
         )
-        for name, (start, end) in spans.items()
+    header = _parse(read(length), name)
+    header.pop("__metadata__", None)
+    spans = {tensor: _span(name, tensor, entry) for tensor, entry in header.items()}
+    _check_cover(name, spans, size - 8 - length)
+    return {
+        tensor: TensorEntry(
+            name, header[tensor]["dtype"], tuple(header[tensor]["shape"]), end - start, 8 + length + start
+        )
+        for tensor, (start, end) in spans.items()
     }
 
 

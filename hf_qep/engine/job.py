@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_qep.architectures.families import eager_experts
 from hf_qep.architectures.skeleton import block_inputs, forward_only
-from hf_qep.architectures.structure import LinearRef, Structure, describe
+from hf_qep.architectures.structure import LinearRef, Structure
 from hf_qep.architectures.tables import Table, find_tables
 from hf_qep.config import AUTO, QepConfig
 from hf_qep.conversion import finish_loading, settle
@@ -67,7 +67,7 @@ def quantize_model(
     model.eval()
     rows = min(rows_per_step(calibration.inputs), config.batch_size)  # of a step of training
     batches = calibration.batches(rows if config.tune_epochs else config.batch_size)
-    structure = describe(model, _sample(batches[0]), config.skip_modules or ())
+    structure = residence.describe(model, _sample(batches[0]), config.skip_modules or ())
     align_outside(model, structure)
     tables = find_tables(model, config)
     recipes, budget = _recipes(model, structure, tables, config, stored_as)

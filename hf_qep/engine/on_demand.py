@@ -24,28 +24,34 @@ from transformers.utils import logging
 from hf_qep.architectures.access import ON_DEMAND
 from hf_qep.conversion import loaded_name
 from hf_qep.engine.plan import block_list
+from hf_qep.engine.shards import Shards
 from hf_qep.engine.source import check_checkpoint, check_complete, check_finite, described_model, load_processor
 from hf_qep.engine.tensor_files import TensorFile
 from hf_qep.errors import ArchitectureError, CheckpointError
 from hf_qep.modules import PackedTensors
 
+MADE_UP = (1 << 20) - 3
+"""Numbers that made-up weights repeat; no multiple of a width, so that no two rows of a matrix are alike."""
+
 
 class BlockWeights:
     """Weights of the blocks of a model, which are on meta unless a block runs or is held.
 
-    model: on meta. files: its safetensors files. load_config: what transformers loads it by.
+    model: on meta. files: its safetensors files. load_config: what transformers loads it by. shards: where they are.
     """
 
-    def __init__(self, model: PreTrainedModel, files: Iterable[str], load_config: Any) -> None:
-        self._model, self._load_config = model, load_config
+    def __init__(self, model: PreTrainedModel, files: Iterable[str], load_config: Any, shards: Shards) -> None:
+        self._model, self._load_config, self.shards = model, load_config, shards
         chain = block_list(model)
         self.names = tuple(f"{chain}.{index}" for index in range(len(model.get_submodule(chain))))
         self._held: Counter[str] = Counter()
         self._checked: set[str] = set()
         self._place: dict[str, Any] = {}
+        self._made_up = False
         owned = {name: {f"{name}.{leaf}" for leaf in model.get_submodule(name).state_dict()} for name in self.names}
         self._owned, self._everything = owned, {leaf for leaves in owned.values() for leaf in leaves}
         self._keys = self._share_out(files)
+        shards.expect([{file.name for file in self._keys.get(name, {}).values()} for name in self.names])
         for name in self.names:
             self._watch(name, model.get_submodule(name))
 
@@ -84,6 +90,15 @@ class BlockWeights:
                 held.enter_context(self.holding(name))
             yield
 
+    @contextmanager
+    def made_up(self) -> Iterator[None]:
+        """While the body runs nothing is read for a block, which gets numbers of the right shapes and sizes instead."""
+        self._made_up = True
+        try:
+            yield
+        finally:
+            self._made_up = False
+
     def load_rest(self) -> Any:
         """Load what lies outside the blocks, and return transformers' account of it."""
         info = self._load(None)
@@ -95,7 +110,7 @@ class BlockWeights:
         expected = self._model.state_dict()
         owner = {leaf: name for name, leaves in self._owned.items() for leaf in leaves}
         shares: dict[str | None, dict[str, TensorFile]] = {}
-        for file in map(TensorFile, files):
+        for file in map(self.shards.open, files):
             for key in file.entries:
                 name = loaded_name(key, self._model, self._load_config.weight_mapping or (), expected)
                 shares.setdefault(owner.get(name), {})[key] = file
@@ -120,7 +135,7 @@ class BlockWeights:
 
     def _hold(self, name: str) -> None:
         if not self._held[name]:
-            self._fetch(name)
+            (self._make_up if self._made_up else self._fetch)(name)
         self._held[name] += 1
 
     def _let_go(self, name: str) -> None:
@@ -128,8 +143,14 @@ class BlockWeights:
         if not self._held[name]:
             forget_weights(self._model.get_submodule(name))
 
+    def _make_up(self, name: str) -> None:
+        module = self._model.get_submodule(name)
+        fill_with_numbers(module, seed=self.names.index(name))
+        module.to(**self._place)
+
     def _fetch(self, name: str) -> None:
         info, module = self._load(name), self._model.get_submodule(name)
+        self.shards.run(self.names.index(name))
         if wrong := sorted([entry[0] for entry in info.mismatched_keys] + list(info.conversion_errors)):
             raise CheckpointError(
                 f"the files hold {wrong[0]!r} in a form that {type(self._model).__name__} does not understand; check "
@@ -154,20 +175,25 @@ class BlockWeights:
         return tensor.to(**place) if place else tensor
 
 
-def load_on_demand(folder: Path, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, BlockWeights, Any]:
+def load_on_demand(
+    folder: Path, dtype: torch.dtype | str = "auto", shards: Shards | None = None
+) -> tuple[PreTrainedModel, BlockWeights, Any]:
     """As `load_float_model`, but with the weights of the blocks on meta until they are needed; the second value reads
     them.
 
+    shards: the weight files; default: those in `folder`.
     Raises what `load_float_model` raises; a weight of a block that is missing or not finite is found when it is read.
     ArchitectureError if the model has no list of blocks, or if blocks share weights.
     """
     folder = Path(folder)
-    check_checkpoint(folder)
+    shards = shards or Shards(folder)
+    check_checkpoint(folder, entries=shards.entries)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    shards.prepare(config)
     kind, found = type(described_model(folder)), []
 
     def load(model: Any, state_dict: Any, files: Any, load_config: Any, expected_keys: Any = None) -> tuple[Any, None]:
-        found.append(BlockWeights(model, files, load_config))
+        found.append(BlockWeights(model, files, load_config, shards))
         return found[0].load_rest(), None
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
@@ -194,6 +220,24 @@ def forget_weights(module: nn.Module) -> None:
         for leaf, buffer in part._buffers.items():
             if buffer is not None and leaf not in part._non_persistent_buffers_set:
                 part._buffers[leaf] = torch.empty_like(buffer, device="meta")
+
+
+def fill_with_numbers(module: nn.Module, seed: int) -> None:
+    """Give tensors on meta values on the CPU: about 1 in vectors, such as norms, zero in whole numbers, and in matrices
+    what keeps the size of an activation. Cheap: a few random numbers over and over, of other ones for each seed."""
+    numbers = torch.randn(MADE_UP, generator=torch.Generator().manual_seed(seed))
+    for part in module.modules():
+        for place in (part._parameters, part._buffers):
+            for leaf, tensor in place.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                made = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                if tensor.is_floating_point():
+                    scale, shift = (0.05, 1.0) if tensor.ndim < 2 else (tensor.shape[-1] ** -0.5, 0.0)
+                    values = (numbers * scale + shift).to(tensor.dtype)
+                    for piece in made.flatten().split(MADE_UP):
+                        piece.copy_(values[: len(piece)])
+                place[leaf] = nn.Parameter(made, requires_grad=False) if place is part._parameters else made
 
 
 def free_memory() -> int:

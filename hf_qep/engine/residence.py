@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from hf_qep.architectures.parts import Block, Structure
+from hf_qep.architectures.structure import describe
 from hf_qep.config import AUTO, QepConfig
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ def why_in_memory(config: QepConfig) -> str | None:
 
 class Residence:
     """All in memory, before and after. `engine.streaming` has the other kind, which holds one block at a time."""
+
+    def describe(self, model: Any, sample: dict[str, Tensor], skip_modules: Sequence[str]) -> Structure:
+        """See `architectures.structure.describe`."""
+        return describe(model, sample, skip_modules)
 
     def resume(self, job: Job, structure: Structure) -> int:
         """Number of blocks that were done before, with streams and report as they were left; called before the first

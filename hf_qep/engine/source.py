@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_qep.engine.headers import MANIFEST, MAX_DIMENSION, TensorEntry, check_links, read_headers, read_json
+from hf_qep.engine.hub_errors import explained
 from hf_qep.errors import AlreadyQuantizedError, CheckpointError, DiskSpaceError, NonFiniteError
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
@@ -62,22 +63,25 @@ def resolve_model(model_id_or_folder: str | Path, revision: str | None = None) -
 
     Raises CheckpointError if there is no such folder or repository.
     """
-    path = Path(model_id_or_folder).expanduser()
-    if path.is_dir():
-        return path
-    name = str(model_id_or_folder)
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise CheckpointError(f"{name!r} is neither a folder nor a Hub id; give the folder of a model or 'owner/name'")
+    name = hub_name(model_id_or_folder)
+    if name is None:
+        return Path(model_id_or_folder).expanduser()
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)
         )
     except Exception as error:  # the Hub client raises many kinds; all mean that it cannot be had
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"cannot download {name!r} from the Hub: {reason}; check the name, your access and the connection, or give "
-            "a local folder"
-        ) from error
+        raise explained(error, None, name, revision) from error
+
+
+def hub_name(model: str | Path) -> str | None:
+    """`model` if it can be a Hub id, None for a folder. Raises CheckpointError if it is neither."""
+    path, name = Path(model).expanduser(), str(model)
+    if path.is_dir():
+        return None
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise CheckpointError(f"{name!r} is neither a folder nor a Hub id; give the folder of a model or 'owner/name'")
+    return name
 
 
 def snapshot_revision(folder: Path) -> str | None:
@@ -95,10 +99,16 @@ def licence_of(folder: Path) -> str | None:
     return found[1] if found else None
 
 
-def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> CheckpointSummary:
+def check_checkpoint(
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    entries: Callable[[str], dict[str, TensorEntry]] | None = None,
+) -> CheckpointSummary:
     """Read config.json and file headers as untrusted input; no weight is read and none is allocated.
 
     trust_remote_code: the model's class is code of the checkpoint; its shapes cannot be checked then.
+    entries: tensors of a weight file by its name, where these files need not be in `folder` yet.
 
     Raises CheckpointError for missing, truncated or contradictory files, names and links that lead out of the folder,
     pickled weights, impossible sizes; AlreadyQuantizedError for a quantised checkpoint.
@@ -110,7 +120,7 @@ def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkp
     config = read_json(folder / "config.json")
     check_not_quantized(config)
     _check_sizes(config, "")
-    summary = CheckpointSummary(config, read_headers(folder))
+    summary = CheckpointSummary(config, read_headers(folder, entries))
     _check_layer_count(config, len(summary.tensors))
     if not (trust_remote_code and "auto_map" in config):
         _check_shapes(folder, summary)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from hf_qep.architectures.families import is_expert
 from hf_qep.architectures.parts import Block, Structure
 from hf_qep.architectures.skeleton import block_inputs, forward_rest, run_block
 from hf_qep.conversion import as_stored, finish_loading
@@ -19,6 +21,7 @@ from hf_qep.engine.on_demand import BlockWeights, forget_weights
 from hf_qep.engine.report import BlockTuning, LayerReport
 from hf_qep.engine.residence import Residence
 from hf_qep.engine.unfinished import Unfinished
+from hf_qep.errors import ArchitectureError
 from hf_qep.modules import cast_weights, packed_like, replace_module
 from hf_qep.registry import FORMATS
 
@@ -45,6 +48,17 @@ class Streaming(Residence):
         """Of the finished blocks, in order."""
         return self._unfinished.blocks(len(self._structure.blocks))
 
+    def describe(self, model: Any, sample: dict[str, Tensor], skip_modules: Sequence[str]) -> Structure:
+        """See `Residence.describe`. Which linears run in which order is seen with made-up weights, so that each block
+        is read once in a job; only where routing decides it, or they do not do, by reading the blocks."""
+        if not _routed(model):
+            try:
+                with self._blocks.made_up():
+                    return super().describe(model, sample, skip_modules)
+            except ArchitectureError:
+                pass
+        return super().describe(model, sample, skip_modules)
+
     def resume(self, job: Job, structure: Structure) -> int:
         """See `Residence.resume`."""
         self._structure = structure
@@ -52,6 +66,7 @@ class Streaming(Residence):
         self._hidden = self._calls.first_hidden.pop()
         self._unfinished.check_room(*_sizes(job))
         found = self._unfinished.latest()
+        self._blocks.shards.begin(0 if found is None else found[0])
         if found is None:
             return 0
         done, folder, state = found
@@ -91,6 +106,7 @@ class Streaming(Residence):
             for name, attribute in STREAMS.items():
                 getattr(job, attribute).save(folder / f"{name}.safetensors")
             save_file({"hidden": self._hidden.cpu().contiguous()}, folder / "probe.safetensors")
+        self._blocks.shards.durable(index + 1)
 
     @torch.no_grad()
     def end(self, model: Any) -> None:
@@ -103,6 +119,11 @@ def _sizes(job: Job) -> tuple[int, int]:
     """Bytes of all packed linears, and of what is kept of the streams behind a block."""
     packed = sum(recipe.stored_bits(*ref.shape) for ref, recipe in job.recipes.items()) // 8
     return packed, sum(getattr(job, attribute).bytes for attribute in STREAMS.values())
+
+
+def _routed(model: nn.Module) -> bool:
+    """Whether there are experts that are modules of their own: which of them are seen first depends on the weights."""
+    return any(isinstance(m, nn.Linear | Conv1D) and is_expert(name) for name, m in model.named_modules())
 
 
 def _place_packed(job: Job) -> None:

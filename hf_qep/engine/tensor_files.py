@@ -38,6 +38,8 @@ DTYPES = {
 """torch dtype -> name in a file, in the order in which a file holds its tensors."""
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _ALIGNMENT = 8
+AGAIN = "put it back as it was, then go on with --resume if a block was done, else start again"
+"""What to do about a file that went away under a job."""
 
 
 @dataclass(frozen=True)
@@ -106,27 +108,40 @@ class TensorFile:
         self._state = self._stat()
         self.entries = read_header(self._path)
 
+    @property
+    def name(self) -> str:
+        """Of the file, without folders."""
+        return self._path.name
+
     def check(self) -> None:
         """Raise CheckpointError if the file is gone, or another one than it was."""
         if self._stat() != self._state:
-            raise CheckpointError(f"{self._path.name!r} has changed since it was opened; start again")
+            raise CheckpointError(f"{self._path.name!r} has changed since it was opened; {AGAIN}")
 
     def read(self, name: str) -> Tensor:
         """One tensor. Raises KeyError for a name that is not in `entries`."""
         self.check()
         entry = self.entries[name]
         raw = torch.empty(entry.bytes, dtype=torch.uint8)
-        with self._path.open("rb") as file:
-            file.seek(entry.start)
-            file.readinto(_bytes(raw))
+        try:
+            with self._path.open("rb") as file:
+                file.seek(entry.start)
+                found = file.readinto(_bytes(raw))
+        except OSError as error:
+            raise self._gone(error) from error
+        if found != entry.bytes:
+            raise CheckpointError(f"{self._path.name!r} ends before {name!r} does; {AGAIN}")
         return raw.view(_BY_NAME[entry.dtype]).reshape(entry.shape)
 
     def _stat(self) -> tuple[int, int]:
         try:
             found = self._path.stat()
         except OSError as error:
-            raise CheckpointError(f"{self._path.name!r} is gone or unreadable ({error.strerror})") from error
+            raise self._gone(error) from error
         return found.st_size, found.st_mtime_ns
+
+    def _gone(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self._path.name!r} is gone or unreadable ({error.strerror}); {AGAIN}")
 
     def lazily(self, name: str) -> Unread:
         """A stand-in for a tensor, as transformers takes it."""

@@ -3,6 +3,7 @@
     job.json              what the job is made of: weights, recipe, code; locked while a process is at work on it
     calibration/          the rows it is made from
     block-00000.safetensors   tensors of a finished block, as the output will hold them
+    shards.json           weight files that the job brought into the Hub cache
     after-00001/          both streams and the report when so many blocks were done
 
 Every entry is written under another name, flushed, and renamed, so what has its name is whole. A block counts as done
@@ -33,7 +34,7 @@ from hf_qep.files import flush, write_text_aside
 
 KEPT = 2
 """States that are kept: the last one, and the one before."""
-_JOB, _ROWS, _STATE = "job.json", "calibration", "state.json"
+_JOB, _ROWS, _STATE, _SHARDS = "job.json", "calibration", "state.json", "shards.json"
 _NAMED = 3
 
 
@@ -44,6 +45,7 @@ class Unfinished:
         self.out = out
         whole = out.absolute()
         self.folder = whole.with_name(f".{whole.name}.unfinished")
+        self.shards = self.folder / _SHARDS
         self._lock: IO[bytes] | None = None
 
     def begin(self, parts: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -199,7 +201,7 @@ class Unfinished:
 
     def _clean(self) -> None:
         """Remove what a kill left half done, also beside this folder."""
-        whole = re.compile(rf"{_JOB}|{_ROWS}|block-\d{{5}}\.safetensors|after-\d{{5}}")
+        whole = re.compile(rf"{_JOB}|{_ROWS}|{_SHARDS}|block-\d{{5}}\.safetensors|after-\d{{5}}")
         half = [path for path in self.folder.iterdir() if not whole.fullmatch(path.name)]
         beside = [path for path in self.out.parent.iterdir() if path.name.endswith(".partial")]
         half += [path for path in beside if path.name.startswith(f".{self.out.name}.")]

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["status", "reset", "truncate", "after"]
-KINDS = ("status", "reset", "truncate", "after")
+Kind = Literal["status", "reset", "truncate", "cut", "short", "garbled", "after"]
+KINDS = ("status", "reset", "truncate", "cut", "short", "garbled", "after")
+ANSWERED = ("truncate", "cut", "short", "garbled", "after")
+"""Kinds in which what was asked for is done."""
 
 
 @dataclass
@@ -16,7 +18,8 @@ class Fault:
     """What goes wrong with the next `times` requests that match.
 
     status: nothing is done, the answer is `status`. reset: nothing is done, the connection breaks. truncate: it is
-    done, half of the answer arrives. after: it is done, the connection breaks before the answer.
+    done, half of the answer arrives. cut: the same, and the connection breaks. short: the half claims to be all.
+    garbled: the last byte of the answer is another one. after: it is done, the connection breaks before the answer.
     """
 
     method: str

@@ -19,7 +19,7 @@ import yaml
 
 from tests.loopback_hub import content, history, large_files, reading, repos, spaces
 from tests.loopback_hub.accounts import Role
-from tests.loopback_hub.faults import Fault, Faults, Kind
+from tests.loopback_hub.faults import ANSWERED, Fault, Faults, Kind
 from tests.loopback_hub.state import Gate, HubState, Repo, RepoType
 from tests.loopback_hub.wire import HubError, Reply, Request, Routes
 from tests.loopback_hub.xet import XetStore
@@ -190,7 +190,7 @@ class LoopbackHub:
                 self.state.leaks += _tokens_in(request, self.state.accounts.tokens)
             fault = self.faults.take(request.method, request.target)
             reply: Reply | None = None
-            if fault is None or fault.kind in ("truncate", "after"):
+            if fault is None or fault.kind in ANSWERED:
                 reply = self._reply(request, large_files.storage_routes if at_storage else HUB_ROUTES)
             elif fault.kind == "status":
                 reply = HubError(fault.status, "injected fault", headers=fault.headers).reply()
@@ -214,6 +214,12 @@ def _tokens_in(request: Request, tokens: Mapping[str, Any]) -> list[str]:
     places = " ".join([request.target, *(request.headers.get(name) or "" for name in request.headers)])
     known = [token for token in tokens if token in places or token.encode() in request.body]
     return known or ([request.token] if request.token else [])
+
+
+def _spoilt(payload: bytes, fault: Kind | None) -> bytes:
+    if fault == "garbled" and payload:
+        return payload[:-1] + bytes([payload[-1] ^ 1])
+    return payload[: len(payload) // 2] if fault == "short" else payload
 
 
 class _Server(ThreadingHTTPServer):
@@ -261,17 +267,19 @@ class _Handler(BaseHTTPRequestHandler):
         if reply is None:
             self._break()
             return
-        payload = reply.payload()
+        payload = _spoilt(reply.payload(), fault)
         self.send_response(reply.status)
         headers = {"Content-Type": reply.content_type, "Content-Length": str(len(payload)), **reply.headers}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(payload[: len(payload) // 2] if fault == "truncate" else payload)
+            self.wfile.write(payload[: len(payload) // 2] if fault in ("truncate", "cut") else payload)
         self.wfile.flush()
         if fault == "truncate":
             self.close_connection = True
+        if fault == "cut":
+            self._break()
 
     def _break(self) -> None:
         """Close at once, with a reset instead of an end."""

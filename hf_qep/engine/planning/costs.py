@@ -36,8 +36,6 @@ RATE_WIDTH, RATE_SECONDS = 1024, 1.0
 """Of the product that says how fast a machine is, and how long it is repeated."""
 WITHOUT_PRODUCTS = ("rtn", "onebit")
 """Methods that do not use the Hessian."""
-EXTRA_READS = 2
-"""Times that all blocks are read to see how the model is made, and again to check tables that were rounded."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +127,8 @@ def job_seconds(
     tokens, size = recipe.num_samples * recipe.seq_len, sketch.dtype
     for block in sketch.blocks:
         found.update(_block_seconds(sketch, block, recipe, table, tokens))
-    blocks = sketch.float_bytes - sketch.outside_bytes
-    reads = 1 + EXTRA_READS * (1 + bool(recipe.embedding_bits or recipe.head_bits)) if streaming else 1
     states = 2 * tokens * sketch.hidden * size.itemsize * len(sketch.blocks)
-    found["read"] = (sketch.outside_bytes + reads * blocks) / table.disk
+    found["read"] = sketch.float_bytes / table.disk
     found["write"] = (written * (1 + streaming) + states * streaming) / table.disk
     if training := _training(sketch, recipe, tokens):
         width = _mean_width(sketch)
