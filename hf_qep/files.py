@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -51,6 +52,12 @@ def listed_models(text: str) -> list[tuple[str, str | None]]:
         name, _, revision = (entry, "", "") if Path(entry).is_dir() else entry.partition("@")
         found.append((name, revision or None))
     return found
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or what a user may take of it, is full; safetensors has errors of its own."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 
 def canonical_json(value: Any) -> str:

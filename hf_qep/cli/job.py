@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from hf_qep.engine.job import quantize_model
 from hf_qep.engine.manifest import build_manifest
 from hf_qep.engine.on_demand import BlockWeights, free_memory
 from hf_qep.engine.report import QuantizationReport
+from hf_qep.engine.shards import Shards
 from hf_qep.engine.source import licence_of, snapshot_revision
 from hf_qep.engine.streaming import Streaming
 from hf_qep.engine.streams import ROOM_BYTES
 from hf_qep.engine.unfinished import Unfinished
 from hf_qep.engine.writer import save_checkpoint
 from hf_qep.errors import CheckpointError, DiskSpaceError
-from hf_qep.files import check_output
+from hf_qep.files import check_output, is_disk_full
 from hf_qep.modules import cast_weights
 from hf_qep.progress import SILENT, Progress
 
@@ -113,8 +114,7 @@ def stream_and_save(
     check_output(out, overwrite=overwrite)
     parts = job_parts(blocks.shards, config, model.device, model.dtype if stored_as else None, progress)
     unfinished.begin(parts, resume=resume, overwrite=overwrite)
-    try:
-        blocks.shards.keep_account()
+    with _kept_on_errors(unfinished, blocks.shards):
         own = config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self")
         held = own and blocks.bytes < SHARE * free_memory()
         with blocks.holding_all() if held and not unfinished.has_rows else nullcontext():
@@ -137,14 +137,6 @@ def stream_and_save(
         manifest = _manifest(base_model, base_folder, config, calibration, report)
         saving = {"manifest": manifest, "overwrite": overwrite, "remote_code": remote_code}
         save_checkpoint(model, out, tokenizer=tokenizer, blocks=streaming.files, **saving)
-    except BaseException as error:
-        blocks.shards.close()
-        unfinished.give_up()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full(out, error, unfinished.folder.exists()) from error
-        raise
-    blocks.shards.close()
-    unfinished.remove()
     dtype = computed if stored_as else None
     reloaded = load_back(type(model), out, probe, streaming.answer, device=model.device, dtype=dtype)
     if stored_as is not None:
@@ -152,10 +144,25 @@ def stream_and_save(
     return Saved(reloaded, report, calibration, bits_report(reloaded, out))
 
 
-def disk_full(out: Path, error: OSError, kept: bool) -> DiskSpaceError:
-    """What to do about a disk without space. kept: whether blocks that are done were kept."""
-    next_step = "go on with --resume, which begins behind the last block" if kept else "start again"
-    return DiskSpaceError(f"{error.strerror}, while {str(out)!r} was made; free some space, then {next_step}")
+@contextmanager
+def _kept_on_errors(unfinished: Unfinished, shards: Shards) -> Iterator[None]:
+    """What the body has done is kept if it fails, and removed when it has ended. Raises DiskSpaceError for one that is
+    full."""
+    try:
+        shards.keep_account()
+        yield
+    except BaseException as error:
+        shards.close()
+        unfinished.give_up()
+        if is_disk_full(error):
+            kept = unfinished.folder.exists()
+            raise DiskSpaceError(
+                f"no space is left on the disk for {str(unfinished.out)!r}; free some, then "
+                f"{'go on with --resume, which begins behind the last block' if kept else 'start again'}"
+            ) from error
+        raise
+    shards.close()
+    unfinished.remove()
 
 
 @torch.no_grad()

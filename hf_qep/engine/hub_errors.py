@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -15,6 +13,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_qep.errors import CheckpointError, DiskSpaceError, QepError
+from hf_qep.files import is_disk_full
 
 AGAIN = "then give the command again, with --resume if a block was done"
 
@@ -27,7 +26,7 @@ def explained(
     where = f"{what} of {repo!r}" if what else repr(repo)
     cannot = f"cannot download {where} from the Hub"
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(cause):
         return DiskSpaceError(
             f"{cannot}: no space is left on the disk of its cache; free some, or keep only the shards in use with "
             f"--drop-shards, {again}"
@@ -52,7 +51,7 @@ def explained(
         )
     else:
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        said = f"{reason}; check the connection, {again}, or give a local folder"
+        said = f"{reason}; check the name, your access and the connection, {again}, or give a local folder"
     return CheckpointError(f"{cannot}: {said}")
 
 
@@ -62,6 +61,8 @@ def may_pass(error: Exception) -> bool:
     if isinstance(cause, HfHubHTTPError):
         return cause.response.status_code in (408, 429) or cause.response.status_code >= 500
     if isinstance(cause, OfflineModeIsEnabled | EntryNotFoundError):
+        return False
+    if is_disk_full(cause):
         return False
     return not isinstance(cause, OSError) or cause.errno is None or isinstance(cause, ConnectionError)
 

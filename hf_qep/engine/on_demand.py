@@ -225,17 +225,19 @@ def forget_weights(module: nn.Module) -> None:
 def fill_with_numbers(module: nn.Module, seed: int) -> None:
     """Give tensors on meta values on the CPU: about 1 in vectors, such as norms, zero in whole numbers, and in matrices
     what keeps the size of an activation. Cheap: a few random numbers over and over, of other ones for each seed."""
-    numbers = torch.randn(MADE_UP, generator=torch.Generator().manual_seed(seed))
+    most = max((tensor.numel() for tensor in module.state_dict().values()), default=0)
+    numbers = torch.randn(min(most, MADE_UP), generator=torch.Generator().manual_seed(seed))
     for part in module.modules():
         for place in (part._parameters, part._buffers):
             for leaf, tensor in place.items():
                 if tensor is None or not tensor.is_meta:
                     continue
-                made = torch.zeros(tensor.shape, dtype=tensor.dtype)
-                if tensor.is_floating_point():
+                floating = tensor.is_floating_point()
+                made = (torch.empty if floating else torch.zeros)(tensor.shape, dtype=tensor.dtype)
+                if floating:
                     scale, shift = (0.05, 1.0) if tensor.ndim < 2 else (tensor.shape[-1] ** -0.5, 0.0)
-                    values = (numbers * scale + shift).to(tensor.dtype)
-                    for piece in made.flatten().split(MADE_UP):
+                    values = (numbers[: tensor.numel()] * scale + shift).to(tensor.dtype)
+                    for piece in made.view(-1).split(MADE_UP):
                         piece.copy_(values[: len(piece)])
                 place[leaf] = nn.Parameter(made, requires_grad=False) if place is part._parameters else made
 

@@ -103,7 +103,7 @@ def test_a_job_without_training_reads_block_by_block_and_can_be_resumed(float_fo
     assert result.exit_code == 0 and "one block at a time" in result.stderr
     with monkeypatch.context() as patch:
         patch.setattr("hf_qep.engine.assembly._write", full_disk)
-        assert "No space left" in refusal(run(*words, "--out", tmp_path / "q"))
+        assert "no space is left" in refusal(run(*words, "--out", tmp_path / "q"))
     assert "--resume" in refusal(run(*words, "--out", tmp_path / "q"))
     assert "recipe.damping" in refusal(run(*words, "--out", tmp_path / "q", "--resume", "--damping", 0.5))
     assert run(*words, "--out", tmp_path / "q", "--resume").exit_code == 0

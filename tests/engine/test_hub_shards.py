@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 
 from hf_qep.cli.job import stream_and_save
-from hf_qep.engine import hub_files, hub_shards, streaming, unfinished
+from hf_qep.engine import assembly, hub_cache, hub_files, hub_shards, streaming, unfinished
 from hf_qep.engine.hub_shards import open_shards
 from hf_qep.engine.on_demand import load_on_demand
 from hf_qep.engine.shards import Shards
@@ -41,7 +42,7 @@ def source(tmp_path_factory, tiny_model):
 @pytest.fixture(autouse=True)
 def without_waiting(monkeypatch):
     monkeypatch.setattr(hub_files, "PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(hub_shards, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(hub_cache, "LOOK_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -149,8 +150,8 @@ GATED, GONE = {"X-Error-Code": "GatedRepo"}, {"X-Error-Code": "EntryNotFound"}
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ({"status": 503, "times": 99}, "503.*check the connection.*--resume"),
-        ({"kind": "reset", "times": 99}, "check the connection.*--resume"),
+        ({"status": 503, "times": 99}, "503.*the connection.*--resume"),
+        ({"kind": "reset", "times": 99}, "the connection.*--resume"),
         ({"kind": "garbled", "times": 99}, "its sha256 is not.*--resume"),
         ({"kind": "short", "times": 99}, "Consistency check failed.*--resume"),
         ({"where": "resolve", "status": 403, "times": 99, "headers": GATED}, "gated.*accept its terms.*--resume"),
@@ -274,7 +275,7 @@ def test_a_download_that_a_kill_cut_off_is_looked_at_again(hub, source, tmp_path
     account = tmp_path / "account.json"
     account.write_text(json.dumps({name: False}))
     shards = open_shards(REPO, account=account)
-    shards.fetch(name)
+    shards.cache.fetch(name)
     assert path.read_bytes() == whole
     assert json.loads(account.read_text())[name] is True
 
@@ -288,7 +289,7 @@ def test_partial_downloads_that_a_kill_left_are_removed(hub, source, tmp_path):
     for path in (old, new):
         path.write_bytes(b"x")
     os.utime(old, (0, 0))
-    shards.fetch(name)
+    shards.cache.fetch(name)
     assert not old.exists() and new.exists()
 
 
@@ -301,7 +302,7 @@ def test_a_file_that_another_process_removes_comes_again(hub, source, tmp_path, 
     name, durable = only_of(source[0], 2), hub_shards.HubShards.durable
 
     def removed(shards, done):
-        shards.fetch(name)
+        shards.cache.fetch(name)
         hub_files.remove_cached(shards.folder, name)
         durable(shards, done)
 
@@ -326,12 +327,12 @@ def test_a_whole_cache_needs_no_connection_and_is_the_same_job(hub, source, tmp_
     asked = shards.digests()
     assert asked == {name: hashlib.sha256((source[0] / name).read_bytes()).hexdigest() for name in shards.names}
     for name in shards.names[1:]:
-        shards.fetch(name)
+        shards.cache.fetch(name)
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
-            open_shards(REPO).fetch(shards.names[0])
-    shards.fetch(shards.names[0])
+            open_shards(REPO).cache.fetch(shards.names[0])
+    shards.cache.fetch(shards.names[0])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     again = open_shards(REPO)
     assert again.folder == shards.folder and again.digests() == asked
@@ -364,23 +365,31 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("place", [(hub_files, "download"), (unfinished, "write_tensors"), (streaming, "save_file")])
+def full_for_safetensors(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+FULL_DISKS = [(hub_files, "download", full), (unfinished, "write_tensors", full), (assembly, "_write", full)]
+FULL_DISKS += [(streaming, "save_file", full_for_safetensors)]
+
+
+@pytest.mark.parametrize("place", FULL_DISKS, ids=lambda place: place[1])
 def test_a_disk_that_fills_up_stops_the_job_until_there_is_room(hub, source, tmp_path, monkeypatch, place):
-    owner, name = place
+    owner, name, fail = place
     original, durable = getattr(owner, name), hub_shards.HubShards.durable
     monkeypatch.setattr(hub_shards, "AHEAD", 0)
 
     def fill_up(shards, done):
         durable(shards, done)
         if done:
-            setattr(owner, name, full)
+            setattr(owner, name, fail)
 
     with monkeypatch.context() as patch:
         patch.setattr(hub_shards.HubShards, "durable", fill_up)
         with pytest.raises(DiskSpaceError, match="(?i)no space.*--resume"):
             job(tmp_path / "out")
     setattr(owner, name, original)
-    assert Unfinished(tmp_path / "out").latest()[0] == 1
+    assert Unfinished(tmp_path / "out").latest()[0] == (3 if owner is assembly else 1)
     job(tmp_path / "out", resume=True)
     assert files(tmp_path / "out")[0] == source[1]
 

@@ -63,21 +63,17 @@ def test_made_up_weights_show_the_same_structure(tiny_model, tiny_batch, tmp_pat
 
 
 def test_made_up_weights_see_that_blocks_are_no_chain(tiny_model, tiny_batch, tmp_path):
-    """The second block needs what the first has left besides its output."""
+    """The second block answers otherwise when the whole model runs."""
     tiny_model("llama").save_pretrained(tmp_path / "m")
     model, blocks, _ = load_on_demand(tmp_path / "m")
-    first, second = (model.get_submodule(name) for name in blocks.names)
-    left = {}
-    first.mlp.register_forward_hook(lambda module, args, output: left.update(x=output))
-    second.self_attn.register_forward_hook(
-        lambda module, args, output: (output[0] + left.pop("x", 0 * output[0]) * 0.5, *output[1:])
+    running = []
+    model.register_forward_pre_hook(lambda *_: running.append(True))
+    model.register_forward_hook(lambda *_: running.clear(), always_call=True)
+    model.get_submodule(blocks.names[1]).mlp.register_forward_hook(
+        lambda module, args, output: output * 2 if running else output
     )
-    second.register_forward_hook(lambda *_: left.clear())
-    first.register_forward_pre_hook(lambda *_: left.clear())
-    structure_of = {}
-    with blocks.made_up():
-        structure_of["made up"] = describe(model, {k: v[:1] for k, v in tiny_batch("llama").items()})
-    assert structure_of
+    with blocks.made_up(), pytest.raises(ArchitectureError, match="depends on more than the output of the block"):
+        describe(model, {key: value[:1] for key, value in tiny_batch("llama").items()})
 
 
 def test_real_weights_are_read_where_made_up_ones_will_not_do(tiny_model, tmp_path, reads, monkeypatch):

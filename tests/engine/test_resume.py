@@ -137,7 +137,7 @@ def interrupted(source, tmp_path, monkeypatch):
     """Folder of the model and of the output of a job that failed in its second block."""
     with monkeypatch.context() as patch:
         fail_in_second_block(patch, OSError(errno.ENOSPC, "No space left on device"))
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(DiskSpaceError, match="no space is left.*--resume"):
             streamed(source[0], tmp_path / "out", config(**RECIPE), stream_budget=0)
     return source[0], tmp_path / "out"
 

@@ -11,15 +11,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_qep.engine.headers import INDEX_FILE, SINGLE_FILE, read_headers, read_json
+from hf_qep.engine.hub_errors import explained
 from hf_qep.engine.source import check_limits, check_not_quantized
 from hf_qep.errors import CheckpointError
 
@@ -73,20 +68,7 @@ def _downloaded(name: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(name, CONFIG, revision=revision))
     except Exception as error:  # the Hub client raises many kinds; all mean that it cannot be had
-        raise CheckpointError(
-            f"cannot download {CONFIG!r} of {name!r} from the Hub: {_reason(error)}, or give the file itself"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, GatedRepoError):
-        return "the model is gated; accept its terms on its page and log in with `hf auth login`"
-    if isinstance(error, RepositoryNotFoundError):
-        return "there is no such model, or it is private; check the name and your access"
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        return "it is not in the cache, and there is no connection or HF_HUB_OFFLINE is set; connect once"
-    said = str(error).strip().splitlines()
-    return f"{said[0] if said else type(error).__name__}; check the name, your access and the connection"
+        raise explained(error, repr(CONFIG), name, revision) from error
 
 
 def _parsed(values: dict[str, Any], name: str) -> PreTrainedConfig:
