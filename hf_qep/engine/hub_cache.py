@@ -107,7 +107,8 @@ class HubCache:
             while not wait([future], timeout=LOOK_SECONDS).done:
                 bar.advance((seen := self._arrived.get(name, 0)) - shown)
                 shown = seen
-        future.result()
+            future.result()
+            bar.advance(size - shown)
 
     def fetch_behind(self, names: Iterator[str]) -> None:
         """Begin to bring the first of the names that is not there, if nothing else is on its way and it finds room."""

@@ -9,7 +9,9 @@ import pytest
 
 from hf_qep.engine.unfinished import Unfinished
 from tests.cli.test_commands import refusal, run
+from tests.hub.test_loopback import XET_PROBE
 from tests.loopback_hub.fixtures import loopback_hub
+from tests.loopback_hub.server import LoopbackHub
 
 __all__ = ["loopback_hub"]
 REPO = "acme/tiny"
@@ -85,3 +87,55 @@ def test_a_revision_that_is_not_there_is_named(hub):
     assert "has no revision 'v9'" in refusal(run(*words(REPO, "out", "--revision", "v9")))
     whole = words(REPO, "out", "--revision", "v9", "--tune-epochs", 1)
     assert "has no revision 'v9'" in refusal(run(*whole))
+
+
+THROUGH_XET = """
+import shutil
+from pathlib import Path
+from huggingface_hub import HfApi, constants
+from hf_qep.cli import app
+api = HfApi()
+def run(*words):
+    try:
+        app(list(words))
+    except SystemExit as done:
+        assert not done.code, done.code
+def files():
+    found = [p for p in Path(constants.HF_HUB_CACHE).rglob("*") if p.is_file() and not p.is_symlink()]
+    return sorted(p.stat().st_size for p in found if p.stat().st_size > 30_000)
+run(*{stay!r})
+print("STAY", files())
+shutil.rmtree(constants.HF_HUB_CACHE)
+run(*{go!r})
+print("GO", files())
+"""
+UPLOAD = """
+from huggingface_hub import HfApi
+HfApi().create_repo("alice/tiny")
+HfApi().upload_folder(repo_id="alice/tiny", folder_path={folder!r})
+"""
+
+
+def test_through_xet_as_well(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    """The cache then holds links to content that all repositories share."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model("cohere2").save_pretrained("float", max_shard_size="60KB")
+    tiny_tokenizer.save_pretrained("float")
+    Path("river.txt").write_text(TEXT)
+    assert run(*words("float", "expected")).exit_code == 0
+    hub = LoopbackHub(tmp_path / "hub", xet=True).start()
+    try:
+        if hub.run_python(XET_PROBE.format(store=f"local://{tmp_path / 'probe'}")).returncode:
+            pytest.skip("this hf_xet does not offer a local store")
+        done = hub.run_python(UPLOAD.format(folder=str(tmp_path / "float")))
+        assert done.returncode == 0, done.stderr
+        commands = {"stay": words("alice/tiny", "stay"), "go": words("alice/tiny", "go", "--drop-shards")}
+        done = hub.run_python(THROUGH_XET.format(**commands))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert any("xet-read-token" in path for _, path, _ in hub.log)
+    finally:
+        hub.stop()
+    sizes = sorted(path.stat().st_size for path in Path("float").glob("*.safetensors"))
+    assert f"STAY {sizes}" in done.stdout and "GO []" in done.stdout
+    for name in ("stay", "go"):
+        assert Path(name, "model.safetensors").read_bytes() == Path("expected", "model.safetensors").read_bytes()

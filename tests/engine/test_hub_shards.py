@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -107,6 +108,37 @@ def test_weight_files_come_when_they_are_needed(hub, source, tmp_path, monkeypat
     assert behind[1:] == [outside.union(*(shards_of(folder, b) for b in range(n))) for n in (1, 2, 3)]
     assert cached(hub) == set(index(folder).values())
     assert all(size > 1 for size in map(len, behind))
+
+
+def test_the_next_files_come_while_a_block_is_at_work(hub, source, tmp_path, monkeypatch):
+    """Not more of them than were allowed."""
+    folder, ahead = source[0], []
+    durable = hub_shards.HubShards.durable
+
+    def patient(shards, done):
+        if done in (1, 2):
+            first = sorted(shards_of(folder, done) - shards_of(folder, done - 1))[: hub_shards.AHEAD]
+            until = time.monotonic() + 20
+            while not set(first) <= cached(hub) and time.monotonic() < until:
+                time.sleep(0.01)
+            time.sleep(0.05)  # for one that should not come
+            needed = set().union(*(shards_of(folder, block) for block in range(done)))
+            ahead.append(cached(hub) - needed - outside)
+        durable(shards, done)
+
+    outside = {shard for name, shard in index(folder).items() if ".layers." not in name}
+    monkeypatch.setattr(hub_shards.HubShards, "durable", patient)
+    job(tmp_path / "out")
+    later = [sorted(shards_of(folder, block) - shards_of(folder, block - 1)) for block in (1, 2)]
+    assert [sorted(names) for names in ahead] == [sorted(set(names[: hub_shards.AHEAD]) - outside) for names in later]
+    assert ahead[0]
+
+
+def test_a_model_behind_a_gate_says_so_at_once(hub, source, tmp_path, monkeypatch):
+    hub.repo(REPO).gated = "manual"
+    monkeypatch.setenv("HF_TOKEN", hub.other_token)
+    with pytest.raises(CheckpointError, match="gated.*accept its terms.*hf auth login"):
+        open_shards(REPO)
 
 
 def spoil(hub, source, monkeypatch, where="content", **fault):

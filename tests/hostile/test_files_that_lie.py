@@ -179,6 +179,29 @@ def test_the_links_of_the_hub_cache_are_followed(checkpoint, tmp_path):
     assert check_checkpoint(snapshot).tensors
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_links_to_what_all_repositories_of_the_cache_share_are_followed(checkpoint, tmp_path, marked):
+    """The cache marks the folder of these; without the mark it is any folder."""
+    cache = tmp_path / "cache"
+    snapshot, blobs, shared = (
+        cache / "models--x--y/snapshots" / ("0" * 40),
+        cache / "models--x--y/blobs",
+        cache / "blobs",
+    )
+    for folder in (snapshot, blobs, shared):
+        folder.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        os.replace(path, shared / path.name)
+        (blobs / path.name).symlink_to(f"../../blobs/{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    if marked:
+        (shared / ".huggingface-shared-blobs").write_text("1\n")
+        assert check_checkpoint(snapshot).tensors
+    else:
+        with pytest.raises(CheckpointError, match="is a link to outside"):
+            check_checkpoint(snapshot)
+
+
 def test_an_index_that_names_a_tensor_its_shard_lacks_is_refused(shards):
     edit_json(shards / INDEX, lambda index: index["weight_map"].update({"ghost.weight": first_shard(shards).name}))
     with pytest.raises(CheckpointError, match=r"places 'ghost.weight' in 'model-00001.*does not hold it"):
