@@ -127,7 +127,10 @@ def _quantize(
 
     config = QepConfig(**recipe)
     Unfinished(out).check(resume=resume, overwrite=saving["overwrite"])
-    options = {"drop": drop, "account": Unfinished(out).shards, "progress": saving["progress"]}
+    unfinished = Unfinished(out)
+    options = {"drop": drop, "account": unfinished.shards, "progress": saving["progress"]}
+    if resume and revision is None:  # the branch may have moved since
+        revision = unfinished.revision
     folder, float_model, tokenizer, blocks, why = _open(model, revision, config, resume, options)
     say(f"All weights are in memory: {why}." if why else "The weights of one block at a time are in memory.")
     best = None

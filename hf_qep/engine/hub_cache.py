@@ -154,7 +154,7 @@ class HubCache:
         """Raise DiskSpaceError if so many bytes, which are for `what`, find no room."""
         if (free := self.free) < size:
             raise DiskSpaceError(
-                f"{what} {size / 1e9:.2f} GB in the Hub cache, and {free / 1e9:.2f} GB are free; free some space"
+                f"{what} {size / 1e9:.2f} GB on the disk of the Hub cache, and {free / 1e9:.2f} GB are free; free some"
                 f"{self._advice}, or let HF_HOME name a folder on another disk, {AGAIN}"
             )
 
@@ -196,7 +196,7 @@ class HubCache:
             self._account.note(name, whole=True)
 
     def _report(self, name: str, arrived: int) -> None:
-        self._arrived[name] = arrived
+        self._arrived[name] = max(arrived, self._arrived.get(name, 0))  # xet counts in two places
         if self._account.closed:
             raise CheckpointError(f"the download of {name!r} was given up with its job")
 

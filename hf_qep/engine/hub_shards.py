@@ -120,10 +120,10 @@ class HubShards(Shards):
         """See `Shards.expect`."""
         self._wanted = [frozenset(names) for names in wanted]
 
-    def begin(self, done: int) -> None:
+    def begin(self, done: int, written: int = 0) -> None:
         """See `Shards.begin`."""
         self.durable(done)
-        self._check_room(done)
+        self._check_room(done, written)
         self.run(done - 1)
 
     def run(self, block: int) -> None:
@@ -156,13 +156,13 @@ class HubShards(Shards):
             yield from sorted(names - seen)
             seen |= names
 
-    def _check_room(self, done: int) -> None:
-        """Raise DiskSpaceError if not all files that blocks from `done` on need will find room."""
+    def _check_room(self, done: int, written: int) -> None:
+        """Raise DiskSpaceError if `written` bytes and all files that blocks from `done` on need will not find room."""
         missing = {name for names in self._wanted[done:] for name in names if not self.cache.sound(name)}
         if missing:
             sizes = {name: self.cache.size(name) for name in missing}
             most = max(map(sum, self._held(done, sizes))) if self._drop else sum(sizes.values())
-            self.cache.check_free("the weight files that are still to come need", most)
+            self.cache.check_free("the weight files that are still to come, and the output, need", most + written)
 
     def _held(self, done: int, sizes: dict[str, int]) -> Iterator[list[int]]:
         """For each block the sizes of the files that are there while it runs, among those that were missing."""

@@ -42,8 +42,11 @@ class Shards:
     def expect(self, wanted: Sequence[Iterable[str]]) -> None:
         """Say which files each block needs."""
 
-    def begin(self, done: int) -> None:
-        """The walk over the blocks begins behind the first `done`. Raises DiskSpaceError if it cannot end."""
+    def begin(self, done: int, written: int = 0) -> None:
+        """The walk over the blocks begins behind the first `done`. written: bytes that it will write to the same disk.
+
+        Raises DiskSpaceError if it cannot end.
+        """
 
     def run(self, block: int) -> None:
         """A block runs now; its files are here."""

@@ -64,9 +64,10 @@ class Streaming(Residence):
         self._structure = structure
         self._calls = block_inputs(job.model, structure, [self._probe])
         self._hidden = self._calls.first_hidden.pop()
-        self._unfinished.check_room(*_sizes(job))
+        written, shards = self._unfinished.check_room(*_sizes(job)), self._blocks.shards
+        one_disk = self._unfinished.folder.stat().st_dev == shards.folder.stat().st_dev
         found = self._unfinished.latest()
-        self._blocks.shards.begin(0 if found is None else found[0])
+        shards.begin(0 if found is None else found[0], written if one_disk else 0)
         if found is None:
             return 0
         done, folder, state = found

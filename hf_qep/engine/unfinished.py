@@ -113,11 +113,20 @@ class Unfinished:
         """Whether the calibration rows were kept."""
         return (self.folder / _ROWS).exists()
 
-    def check_room(self, packed: int, state: int) -> None:
-        """Raise DiskSpaceError if the disk has no room for what the job will write: all packed blocks here and in the
-        output, and the states that are kept while the next is written. Sizes in bytes."""
+    def check_room(self, packed: int, state: int) -> int:
+        """Bytes of what the job will write: all packed blocks here and in the output, and states that are kept while
+        the next is written. Sizes in bytes. Raises DiskSpaceError if the disk has no room for them."""
         here = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        free_space_check(self.folder, max(0, 2 * packed + (KEPT + 1) * state - here))
+        needed = max(0, 2 * packed + (KEPT + 1) * state - here)
+        free_space_check(self.folder, needed)
+        return needed
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of the model that the job is made of, None if it is from no Hub or was not begun."""
+        job = self.folder / _JOB
+        model = read_json(job).get("model") if job.is_file() else None
+        return model.get("revision") if isinstance(model, dict) else None
 
     def keep_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of a finished block."""

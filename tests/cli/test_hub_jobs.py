@@ -59,6 +59,8 @@ def test_a_killed_job_goes_on_and_leaves_no_weight_file_that_it_brought(hub, tmp
     assert done.returncode == -9, done.stderr
     found = Unfinished(Path("out"))
     assert found.latest()[0] == 2
+    begun, repo = found.revision, hub.repo(REPO)
+    repo.add_commit("main", "moved", {**repo.commit("main").tree}, repo.commit("main").id, "alice")
     brought = json.loads(found.shards.read_text())
     assert cached(hub) and cached(hub) <= brought.keys()
     done = run(*command, "--resume")
@@ -67,7 +69,7 @@ def test_a_killed_job_goes_on_and_leaves_no_weight_file_that_it_brought(hub, tmp
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
     manifest = json.loads((tmp_path / "out" / "hf_qep_manifest.json").read_text())
-    assert manifest["revision"] == hub.repo(REPO).commit("main").id and manifest["licence"] == "mit"
+    assert manifest["revision"] == begun != repo.commit("main").id and manifest["licence"] == "mit"
     assert not found.folder.exists()
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import nn
 
 from hf_qep.architectures.structure import describe
 from hf_qep.engine import streaming
@@ -74,6 +75,15 @@ def test_made_up_weights_see_that_blocks_are_no_chain(tiny_model, tiny_batch, tm
     )
     with blocks.made_up(), pytest.raises(ArchitectureError, match="depends on more than the output of the block"):
         describe(model, {key: value[:1] for key, value in tiny_batch("llama").items()})
+
+
+def test_real_weights_are_read_where_routing_decides(tiny_model, tmp_path, reads, monkeypatch):
+    experts = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])})
+    assert streaming._routed(experts) and not streaming._routed(tiny_model("qwen3_moe"))
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    monkeypatch.setattr(streaming, "_routed", lambda model: True)
+    streamed(tmp_path / "m", tmp_path / "out", config(method="rtn"))
+    assert reads["model.safetensors", "model.layers.1.mlp.up_proj.weight"] == 3
 
 
 def test_real_weights_are_read_where_made_up_ones_will_not_do(tiny_model, tmp_path, reads, monkeypatch):
