@@ -126,8 +126,8 @@ def _quantize(
     from hf_qep.engine.unfinished import Unfinished
 
     config = QepConfig(**recipe)
-    Unfinished(out).check(resume=resume, overwrite=saving["overwrite"])
     unfinished = Unfinished(out)
+    unfinished.check(resume=resume, overwrite=saving["overwrite"])
     options = {"drop": drop, "account": unfinished.shards, "progress": saving["progress"]}
     if resume and revision is None:  # the branch may have moved since
         revision = unfinished.revision
@@ -139,7 +139,7 @@ def _quantize(
         best = count_operations(float_model, better) / count_operations(float_model, config)
     saving |= {"base_model": model, "base_folder": folder, "stored_as": float_model.dtype if compute_as else None}
     if blocks is None:
-        Unfinished(out).remove()  # with --overwrite only: it would have been refused above
+        unfinished.remove()  # with --overwrite only: it would have been refused above
         float_model = float_model.to(device=place, dtype=compute_as)
         return config, quantize_and_save(float_model, tokenizer, config, out, **saving), best
     blocks.place(place, compute_as)
