@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hf_qep.cli import output
+from hf_qep.heaps import limit_heaps
 from hf_qep.progress import Progress
 
 COMMANDS = {
@@ -107,4 +108,5 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script."""
+    limit_heaps()
     app()

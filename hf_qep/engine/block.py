@@ -34,6 +34,7 @@ from hf_qep.engine.seeds import layer_seed
 from hf_qep.engine.streams import Stream, StreamStore
 from hf_qep.engine.tuning import TuningData, tune_block
 from hf_qep.errors import ArchitectureError, NonFiniteError
+from hf_qep.heaps import trim_heaps
 from hf_qep.methods.problem import LayerProblem
 from hf_qep.modules import PackedTensors, QepExpertWeight, packed_like, replace_module
 from hf_qep.registry import METHODS
@@ -87,6 +88,7 @@ def quantize_block(job: Job, index: int, block: Block) -> None:
         float_sides = _float_pass(job, index, block)
     passes = 0
     for group, side in zip(block.groups, float_sides, strict=True):
+        trim_heaps()  # what was freed is in pieces of other sizes than the next group needs
         with job.timed("observe"):
             moments = _observe(job, index, block, group, side)
             passes += 1
