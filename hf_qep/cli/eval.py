@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "demo_text" / "held_out.txt"
 
+ON_DEMAND_NOTE = (
+    "The original does not fit into the free memory and is read block by block, once per batch and once per token of "
+    "--samples."
+)
+
 TextOption = Annotated[
     str | None,
     typer.Option(help="Held-out text: file, file:column or Hub data set. Left out: three short tales, English."),
@@ -70,7 +75,7 @@ def eval_command(
     as_json: output.JsonOption = False,
 ) -> None:
     """Measure what quantisation cost: perplexity, KL, agreement, tasks, bits, memory and speed."""
-    job = Job(model_dir, baseline, device, dtype, quiet or as_json)
+    job = Job(model_dir, baseline, device, dtype, quiet or as_json, whole=speed)
     job.check()
     from hf_qep.evaluation.pair import EvalOptions
     from hf_qep.evaluation.speed import SpeedOptions
@@ -112,6 +117,8 @@ class Job:
     device: str
     dtype: str
     quiet: bool
+    whole: bool = False
+    """have the float model in memory even if it hardly fits, because it will be timed"""
 
     def check(self) -> None:
         """Refuse an unknown device or dtype before anything is loaded. Raises ConfigError."""
@@ -162,15 +169,18 @@ class Pair:
 
 def load_pair(job: Job) -> Pair:
     """Load the checkpoint and its float original. Raises QepError."""
-    from hf_qep.engine.source import load_float_model, load_quantized, resolve_model
+    from hf_qep.engine.fitting import load_to_run
+    from hf_qep.engine.source import load_quantized, resolve_model
 
     folder = resolve_model(job.subject)
     name, revision = (job.baseline, None) if job.baseline else manifest_baseline(folder)
     baseline_folder = resolve_baseline(name, revision, given=job.baseline is not None)
     place, stored_as = to_device(job.device), to_dtype(job.dtype)
-    float_model, tokenizer = load_float_model(baseline_folder, stored_as or "auto")
-    quantized = load_quantized(folder, type(float_model), stored_as).to(place)
-    return Pair(job, float_model.to(place), quantized, tokenizer, folder, name, baseline_folder)
+    loaded = load_to_run(baseline_folder, stored_as or "auto", place, whole=job.whole)
+    if loaded.on_demand and not job.quiet:
+        output.note(ON_DEMAND_NOTE)
+    quantized = load_quantized(folder, type(loaded.model), stored_as).to(place)
+    return Pair(job, loaded.model, quantized, loaded.processor, folder, name, baseline_folder)
 
 
 def manifest_baseline(folder: Path) -> tuple[str, str | None]:

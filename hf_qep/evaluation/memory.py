@@ -11,14 +11,19 @@ import torch
 from torch import nn
 
 _STATM = Path("/proc/self/statm")
+WORKING_WIDTH = 512
+"""Of the products before memory is looked at; wide enough for the libraries to take them apart into panels."""
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers in memory; storage shared by several names (tied embeddings) counts once."""
+    """Bytes of parameters and buffers in memory; storage shared by several names (tied embeddings) counts once.
+
+    What is on meta, because it is read when it is needed, counts as if it were in memory.
+    """
     storages = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         storage = tensor.untyped_storage()
-        storages[tensor.device, storage.data_ptr()] = storage.nbytes()
+        storages[tensor.device, id(tensor) if tensor.is_meta else storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
@@ -56,6 +61,18 @@ def _sampled_peak(run: Callable[[], object], interval_s: float) -> int:
         finished.set()
         watcher.join()
     return max(highest, last) - before
+
+
+def working_bytes() -> int:
+    """`resident_bytes` once this process has computed something: libraries bring buffers with the first products.
+
+    0 where /proc does not exist.
+    """
+    x = torch.ones(WORKING_WIDTH, WORKING_WIDTH)
+    for kind in (torch.float32, torch.bfloat16):
+        torch.mm(x.to(kind), x.to(kind))
+    del x
+    return resident_bytes() if _STATM.exists() else 0
 
 
 def resident_bytes() -> int:

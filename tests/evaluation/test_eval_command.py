@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,9 +8,12 @@ from typer.testing import CliRunner
 from hf_qep.cli import app
 from hf_qep.cli.compare import HeldOut, run_comparison, split
 from hf_qep.config import QepConfig
+from hf_qep.engine import fitting
 from hf_qep.engine.calibration import load_calibration
+from hf_qep.engine.fitting import load_to_run
 from hf_qep.errors import ConfigError
 from hf_qep.evaluation import EvalOptions, EvalRecord, find_tasks
+from hf_qep.evaluation.samples import FILE_NAME
 
 TEXTS = ["the quick brown fox jumps over the lazy dog. " * 4, "and then it sleeps all day long. " * 4]
 ROW = {"kl", "top1_agreement", "perplexity", "cosine_distance", "tasks", "bits_linear", "seconds", "reason"}
@@ -159,3 +163,31 @@ def test_lists_that_cannot_be_read_are_refused(words, read):
 
 def test_lists_keep_their_order_and_lose_doubles():
     assert split("b, a,b", "methods", str) == ["b", "a"]
+
+
+def test_an_original_that_does_not_fit_is_measured_all_the_same(checkpoints, tmp_path, monkeypatch):
+    model, packed, text = checkpoints
+    words = ("--baseline", model, "--text", text, "--window", 32, "--samples", 1, "--out")
+    whole = run("eval", packed, *words, tmp_path / "whole" / "r.json")
+    monkeypatch.setattr(fitting, "free_memory", lambda: 0)
+    done = run("eval", packed, *words, tmp_path / "blocks" / "r.json")
+    assert done.exit_code == 0, done.output
+    assert "read block by block" in " ".join(done.output.split()) and "block by block" not in whole.output
+    first, second = (EvalRecord.read(tmp_path / name / "r.json") for name in ("whole", "blocks"))
+    assert replace(first, command=None) == replace(second, command=None)
+    answers = [json.loads((tmp_path / name / FILE_NAME).read_text())["items"] for name in ("whole", "blocks")]
+    assert answers[0] == answers[1]
+
+
+def test_an_original_that_is_timed_is_in_memory(checkpoints, tmp_path, monkeypatch):
+    model, packed, text = checkpoints
+    monkeypatch.setattr(fitting, "free_memory", lambda: 0)
+    words = ("--baseline", model, "--text", text, "--window", 32, "--out", tmp_path / "r.json", "--speed")
+    done = run("eval", packed, *words)
+    assert done.exit_code == 0 and "block by block" not in done.output
+
+
+def test_memory_that_a_model_needs_follows_the_dtype(checkpoints):
+    stored = sum(8 * p.numel() for p in load_to_run(checkpoints[0]).model.parameters()) // 2
+    assert fitting.needed_bytes(checkpoints[0]) == stored
+    assert fitting.needed_bytes(checkpoints[0], torch.bfloat16) == stored // 2
