@@ -52,6 +52,8 @@ from hf_qep.registry import FORMATS
 
 STORED_DTYPES = {torch.int32: {"I32"}, torch.float16: {"F16"}}
 FLOATS = {"F64", "F32", "F16", "BF16"}
+SMALL_BYTES = 1 << 20
+"""Of a tensor that is copied rather than left in a file that is mapped to memory."""
 END_OF_NAME = r"(?![\w.])"
 """Ends a pattern that shall match `experts.gate_up_proj` but not `experts.gate_up_proj.weight`; transformers drops
 lookaheads where the pattern is the target of a renaming."""
@@ -259,19 +261,38 @@ def check_loaded(model: PreTrainedModel) -> None:
         raise CheckpointError(f"the state dict lacks tensors of packed modules: {_some(missing)}")
 
 
-def finish_loading(model: PreTrainedModel, config: QepConfig) -> None:
+def finish_loading(model: PreTrainedModel, config: QepConfig, *, mapped: bool = False) -> None:
     """Freeze packed modules, which transformers gives back trainable, and put linears into the order of the kernels.
 
-    With `trainable_scales` their scales train in float32 instead.
+    With `trainable_scales` their scales train in float32 instead. mapped: tensors are parts of files that are mapped to
+    memory; what is small is copied, so that each file is let go of when its last large tensor is tiled.
     """
+    if mapped:
+        for module in model.modules():
+            if not isinstance(module, PackedTensors):
+                _copy_small((*module._parameters.values(), *module._buffers.values()))
     for module in packed_modules(model).values():
         module.requires_grad_(False)
+        stored = [parameter.data_ptr() for parameter in module.parameters()]
         if isinstance(module, QepLinear):
             module.activation = config.activation or EXACT
         if config.trainable_scales:
             module.train_scales()
         else:
             module.tile()
+        if mapped:
+            _copy_small(parameter for parameter in module.parameters() if parameter.data_ptr() in stored)
+
+
+def _copy_small(tensors: Iterable[Tensor | None]) -> None:
+    """Copy small tensors, so that they alone keep no file mapped to memory.
+
+    Loaders map files and hand out parts of them. What is large is replaced when it is tiled, file by file, or stays
+    mapped, so that the system can drop its pages; a norm of a few kilobytes would hold the addresses of gigabytes.
+    """
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type == "cpu" and tensor.nbytes <= SMALL_BYTES:
+            tensor.data = tensor.data.clone()
 
 
 def settle(model: PreTrainedModel, config: QepConfig) -> None:

@@ -79,7 +79,7 @@ class QepHfQuantizer(HfQuantizer):
         if self.pre_quantized and config.dequantize:
             conversion.dequantize_modules(model, model.config.dtype)
             return
-        conversion.finish_loading(model, config)
+        conversion.finish_loading(model, config, mapped=self._files is not None)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         import torch
