@@ -219,17 +219,19 @@ def _run(width: int, depth: int, tokens: int) -> tuple[float, float]:
     return seconds_of(lambda: quantize_model(model, QepConfig(**recipe), rows), "cpu"), planned
 
 
-def compare_peak_memory(folder: str, text: str, num_samples: int = 64, seq_len: int = 256) -> dict[str, int]:
-    """Bytes at the peak of a run in a process of its own, and what is planned for one that reads block by block and
-    for one that has all weights in memory."""
+def compare_peak_memory(folder: str, text: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Bytes at the peak of a run in a process of its own, what is planned for one that reads block by block and for
+    one that has all weights in memory, and the parts of the former. recipe: options of QepConfig."""
+    from hf_qep.engine.on_demand import free_memory
     from hf_qep.engine.planning.job import Planner, Request
     from hf_qep.engine.planning.origin import find_origin
-    from hf_qep.evaluation.memory import resident_bytes
+    from hf_qep.evaluation.memory import working_bytes
 
-    process, origin = resident_bytes(), find_origin(folder)
-    planner = Planner(origin.config, origin.dtype, costs.load_costs(), process=process)
-    plan = planner.plan(Request({"effort": "fast", "num_samples": num_samples, "seq_len": seq_len}))
-    words = ["--effort", "fast", "--dataset", text, "--num-samples", str(num_samples), "--seq-len", str(seq_len)]
+    origin = find_origin(folder)
+    planner = Planner(origin.config, origin.dtype, costs.load_costs(), process=working_bytes(), free=free_memory())
+    recipe = {"effort": "fast"} | recipe
+    plan = planner.plan(Request(recipe))
+    words = [word for name, value in recipe.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable,
@@ -239,12 +241,16 @@ def compare_peak_memory(folder: str, text: str, num_samples: int = 64, seq_len: 
             folder,
             "--out",
             f"{out}/model",
+            "--dataset",
+            text,
             *words,
             "--quiet",
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     measured = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
-    return {"measured": measured, "block by block": plan.on_cpu.ram.bytes, "all weights": plan.whole.ram.bytes}
+    ram = plan.on_cpu.ram
+    planned = {"block by block": ram.bytes, "all weights": plan.whole.ram.bytes}
+    return {"measured": measured, **planned, "moment": ram.moment, "parts": ram.parts}
 
 
 def main() -> None:
@@ -255,8 +261,9 @@ def main() -> None:
     parser.add_argument("--text", help="of memory: calibration text")
     parser.add_argument("--divisor", type=int, default=4, help="of block: what its widths are divided by")
     parser.add_argument("--tokens", type=int, default=2048, help="of block: of calibration")
-    parser.add_argument("--seq-len", type=int, default=512, help="of block: tokens of a row")
-    parser.add_argument("--method", default="sign", help="of block: solver")
+    parser.add_argument("--seq-len", type=int, default=512, help="of block and memory: tokens of a row")
+    parser.add_argument("--method", default="sign", help="of block and memory: solver")
+    parser.add_argument("--num-samples", type=int, default=64, help="of memory: calibration rows")
     parser.add_argument("--device", default="cpu", help="of block: where it is computed")
     parser.add_argument("--profile", action="store_true", help="of block: which part is products and factorisations")
     parser.add_argument("--json", type=Path, help="of block: file for the result")
@@ -271,7 +278,8 @@ def main() -> None:
         _block(args)
         return
     if args.section == "memory":
-        print(json.dumps(compare_peak_memory(args.model, args.text)))
+        recipe = {"method": args.method, "num_samples": args.num_samples, "seq_len": args.seq_len}
+        print(json.dumps(compare_peak_memory(args.model, args.text, recipe)))
         return
     table = measure_costs()
     write_text_aside(args.out, json.dumps(_rounded(table), indent=1) + "\n")

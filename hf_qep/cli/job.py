@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_qep.accounting import bits_report
 from hf_qep.config import QepConfig
+from hf_qep.engine.assembly import SHARD_SIZE
 from hf_qep.engine.calibration import Calibration, calibration_of
 from hf_qep.engine.fingerprint import job_parts
 from hf_qep.engine.job import quantize_model
@@ -23,7 +24,7 @@ from hf_qep.engine.report import QuantizationReport
 from hf_qep.engine.shards import Shards
 from hf_qep.engine.source import licence_of, snapshot_revision
 from hf_qep.engine.streaming import Streaming
-from hf_qep.engine.streams import ROOM_BYTES
+from hf_qep.engine.streams import ROOM_BYTES, room_bytes
 from hf_qep.engine.unfinished import Unfinished
 from hf_qep.engine.writer import save_checkpoint
 from hf_qep.errors import CheckpointError, DiskSpaceError
@@ -36,8 +37,8 @@ RELOAD_TOLERANCE = 1e-3
 """Largest difference of outputs, in units of the largest output; the same tensors through the same code give 0."""
 
 SHARE = 0.5
-"""Of the free memory: for activations, or for all weights while a model writes its own calibration rows, because it
-reads them for every token."""
+"""Of the free memory: for all weights while a model writes its own calibration rows, because it reads them for every
+token."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,13 @@ def quantize_and_save(
     remote_code: bool = False,
     progress: Progress = SILENT,
     stream_budget: int | None = None,
+    max_shard_size: str | int = SHARD_SIZE,
 ) -> Saved:
     """Quantise `model` in place, save it to `out`, load that folder as a user would and compare.
 
     calibration: default is what `config` asks for. stored_as: dtype in the files of what stays float, for models that
     compute in another one; `model` is cast to it. stream_budget: bytes of activations in memory; default: ROOM_BYTES.
+    max_shard_size: bytes of tensors in one weight file, or a size such as "500MB".
     Raises QepError or OSError; `out` is then as it was, except that it is removed if the folder does not load back to
     the same model.
     """
@@ -80,7 +83,8 @@ def quantize_and_save(
     if stored_as is not None:
         cast_weights(model, stored_as)
     manifest = _manifest(base_model, base_folder, config, calibration, report)
-    save_checkpoint(model, out, tokenizer=tokenizer, manifest=manifest, overwrite=overwrite, remote_code=remote_code)
+    saving = {"manifest": manifest, "overwrite": overwrite, "remote_code": remote_code}
+    save_checkpoint(model, out, tokenizer=tokenizer, max_shard_size=max_shard_size, **saving)
     probe = _probe(calibration)
     reloaded = load_back(type(model), out, probe, _answer(model, probe), device=model.device)
     return Saved(reloaded, report, calibration, bits_report(reloaded, out))
@@ -101,6 +105,7 @@ def stream_and_save(
     remote_code: bool = False,
     progress: Progress = SILENT,
     stream_budget: int | None = None,
+    max_shard_size: str | int = SHARD_SIZE,
 ) -> Saved:
     """As `quantize_and_save`, for a model whose blocks are read when they are needed.
 
@@ -128,7 +133,7 @@ def stream_and_save(
             progress=progress,
             stored_as=stored_as,
             residence=streaming,
-            stream_budget=_room() if stream_budget is None else stream_budget,
+            stream_budget=room_bytes(free_memory()) if stream_budget is None else stream_budget,
             stream_folder=unfinished.folder,
         )
         computed = model.dtype
@@ -136,6 +141,7 @@ def stream_and_save(
             cast_weights(model, stored_as)
         manifest = _manifest(base_model, base_folder, config, calibration, report)
         saving = {"manifest": manifest, "overwrite": overwrite, "remote_code": remote_code}
+        saving["max_shard_size"] = max_shard_size
         save_checkpoint(model, out, tokenizer=tokenizer, blocks=streaming.files, **saving)
     dtype = computed if stored_as else None
     reloaded = load_back(type(model), out, probe, streaming.answer, device=model.device, dtype=dtype)
@@ -204,10 +210,6 @@ def _probe(calibration: Calibration) -> dict[str, torch.Tensor]:
         name: value[:CHECKED_ROWS, :CHECKED_TOKENS] if value.ndim == 2 else value[:CHECKED_ROWS]
         for name, value in calibration.inputs.items()
     }
-
-
-def _room() -> int:
-    return min(ROOM_BYTES, int(SHARE * free_memory()))
 
 
 def _manifest(

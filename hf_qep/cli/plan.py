@@ -74,7 +74,8 @@ def plan_command(
     sizes = {
         name: None if size is None else parse_size(size) for name, size in (("gpu", gpu), ("ram", ram), ("disk", disk))
     }
-    origin, planner, request = _begin(model, revision, recipe, tuple(context or ()), chunk, room)
+    request = {"contexts": tuple(context or ()), "chunk": chunk, "stream_room": room}
+    origin, planner, request = _begin(model, revision, recipe, request, sizes["ram"])
     from hf_qep.engine.planning.limits import Limits, verdicts
 
     limits = Limits(**sizes)
@@ -86,19 +87,22 @@ def plan_command(
 
 
 def _begin(
-    model: str, revision: str | None, recipe: dict[str, Any], contexts: tuple[int, ...], chunk: int, room: int | None
+    model: str, revision: str | None, recipe: dict[str, Any], request: dict[str, Any], ram: int | None
 ) -> tuple[Origin, Planner, Request]:
+    """ram: of the machine that the job will run on; None: this one, as it is now."""
     from hf_qep.config import QepConfig
+    from hf_qep.engine.on_demand import free_memory
     from hf_qep.engine.planning.costs import load_costs
     from hf_qep.engine.planning.job import Planner, Request
     from hf_qep.engine.planning.origin import find_origin
-    from hf_qep.evaluation.memory import resident_bytes
+    from hf_qep.evaluation.memory import working_bytes
 
     QepConfig(**recipe)  # refused before anything is downloaded
     origin = find_origin(model, revision)
-    planner = Planner(origin.config, origin.dtype, load_costs(), process=resident_bytes() or 0)
-    request = Request(recipe, contexts, chunk)
-    return origin, planner, request if room is None else request.changed({"stream_room": room})
+    process = working_bytes()
+    free = free_memory() if ram is None else max(0, ram - process)
+    planner = Planner(origin.config, origin.dtype, load_costs(), process=process, free=free)
+    return origin, planner, Request(recipe, **request)
 
 
 def _json(model: str, origin: Origin, plan: JobPlan, limits: Limits, found: list[Verdict]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ ROOM_HELP = (
     "Activations kept in memory while quantising, such as 2GB; the rest goes to the disk. Left out: 8GiB, and block by "
     "block no more than half of the free memory."
 )
+SHARD_HELP = "Most bytes of tensors in one weight file, such as 500MB. Left out: 5GB."
 RESUME_HELP = "Go on behind the last block of a job that was killed or failed."
 DROP_HELP = (
     "Of a Hub model, remove each weight file that was downloaded from the cache once no later block needs it; the disk "
@@ -79,6 +80,7 @@ def quantize_command(
     device: DeviceOption = "cpu",
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     stream_room: Annotated[str | None, typer.Option(help=ROOM_HELP)] = None,
+    shard_size: Annotated[str | None, typer.Option(help=SHARD_HELP)] = None,
     remote_code: Annotated[
         bool, typer.Option("--remote-code", help="Add files with which the folder loads without this plugin.")
     ] = False,
@@ -96,6 +98,8 @@ def quantize_command(
     place, compute_as = to_device(device), to_dtype(dtype)
     saving = {"overwrite": overwrite, "remote_code": remote_code, "progress": Progress(quiet or as_json)}
     saving["stream_budget"] = room
+    if shard_size is not None:
+        saving["max_shard_size"] = parse_size(shard_size)
     say = (lambda text: None) if quiet or as_json else output.note
     config, saved, best = _quantize(model, revision, recipe, out, place, compute_as, saving, resume, drop_shards, say)
     seconds = round(time.monotonic() - began, 1)

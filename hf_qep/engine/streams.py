@@ -15,6 +15,13 @@ from hf_qep.engine.tensor_files import Described, TensorFile, write_tensors
 
 ROOM_BYTES = 8 << 30
 """For the activations of a job in memory, unless more or less is asked for."""
+SHARE = 0.5
+"""Of the free memory: the most that activations take of it where the weights are read block by block."""
+
+
+def room_bytes(free: int) -> int:
+    """Bytes for the activations of a job that reads its model block by block, of `free` bytes."""
+    return min(ROOM_BYTES, int(SHARE * free))
 
 
 @dataclass(frozen=True)

@@ -220,3 +220,15 @@ def test_the_bundled_text_is_plain_english_prose():
     text = demo.HELD_OUT.read_text(encoding="utf-8")
     assert text.isascii()
     assert 14_000 < len(text) < 20_000
+
+
+def test_shard_size_splits_the_weights_and_nothing_else(tmp_path, float_folder, text_file, quantized):
+    options = ("--dataset", text_file, "--dtype", "float32", "--method", "onebit", "--effort", "fast", "--quiet")
+    for name, size in (("one", "1GB"), ("some", "3kB")):
+        result = run("quantize", float_folder, "--out", tmp_path / name, *SMALL, *options, "--shard-size", size)
+        assert result.exit_code == 0, result.output
+    one, some = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("one", "some"))
+    assert len(one) == 1 < len(some)
+    tensors = {key: tensor for path in some for key, tensor in load_file(path).items()}
+    whole = load_file(one[0])
+    assert tensors.keys() == whole.keys() and all(torch.equal(tensors[key], whole[key]) for key in whole)

@@ -22,6 +22,7 @@ from hf_qep.engine.planning.memory import STATES, stream_bytes
 from hf_qep.engine.planning.origin import find_origin
 from hf_qep.engine.planning.output import plan_output
 from hf_qep.engine.planning.sketch import sketch_of
+from hf_qep.engine.streams import room_bytes
 from hf_qep.engine.writer import save_checkpoint
 from hf_qep.errors import AlreadyQuantizedError, CheckpointError
 from tests.engine.test_job import calibration
@@ -29,6 +30,7 @@ from tests.tiny_models import CAUSAL_FAMILIES, build_batch, build_model
 
 FAMILIES = ["llama", "qwen3", "cohere2", "qwen3_moe", "gpt2", "bert", "vit"]
 FAST = {"effort": "fast"}
+WIDEST = "observing and solving the widest group"
 
 
 def command_a() -> tf.PreTrainedConfig:
@@ -277,3 +279,28 @@ def test_hub_errors_are_one_sentence_that_says_what_to_do(monkeypatch):
             find_origin("owner/name")
     with pytest.raises(CheckpointError, match="neither a folder"):
         find_origin("no such/folder/at all")
+
+
+def test_room_for_activations_is_what_a_job_takes_of_the_free_memory():
+    config = build_model("llama").config
+    asked = Request(FAST | {"num_samples": 64, "seq_len": 512})
+    enough, little = (
+        Planner(config, torch.float32, load_costs(), rate=1e11, free=free).plan(asked) for free in (None, 1 << 20)
+    )
+    assert enough.on_cpu.spilled == 0 < little.on_cpu.spilled
+    assert little.on_cpu.ram.parts["activations"] == room_bytes(1 << 20) == 1 << 19
+    assert little.whole.spilled == 0
+
+
+def test_observing_a_group_and_its_moments_are_held_together():
+    config = tf.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=32
+    )
+
+    def widest(batch_size):
+        recipe = FAST | {"num_samples": 16, "seq_len": 256, "batch_size": batch_size, "method": "rtn"}
+        return planner(config, torch.float32).plan(Request(recipe)).on_cpu.ram.parts[WIDEST]
+
+    one, two = widest(4), widest(8)
+    assert widest(16) - two == pytest.approx(2 * (two - one))  # linear in tokens, beside moments that stay
+    assert 2 * one - two == pytest.approx(4 * 128 * (128 + 64))

@@ -15,7 +15,6 @@ from hf_qep.engine.planning.decoding import CHUNK, Decoding, plan_decoding
 from hf_qep.engine.planning.memory import JobMemory, job_memory
 from hf_qep.engine.planning.output import OutputPlan, plan_output
 from hf_qep.engine.planning.sketch import Sketch, sketch_of
-from hf_qep.engine.streams import ROOM_BYTES
 from hf_qep.files import canonical_json
 
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -26,13 +25,13 @@ _OUTPUT_OPTIONS = ("bits", "method", "max_memory", "group_size", "skip_modules",
 @dataclass(frozen=True)
 class Request:
     """What is to be planned. recipe: options of QepConfig. chunk: tokens of a prompt that are read at a time.
-    stream_room: bytes of activations that are kept in memory while quantising.
+    stream_room: bytes of activations that are kept in memory while quantising; None: what a job takes by itself.
     """
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
     contexts: tuple[int, ...] = ()
     chunk: int = CHUNK
-    stream_room: int = ROOM_BYTES
+    stream_room: int | None = None
 
     def changed(self, changes: Mapping[str, Any]) -> Request:
         """The same with other values; what is no field of this is an option of the recipe."""
@@ -79,8 +78,9 @@ class JobPlan:
 class Planner:
     """Plans of one model; what does not change from one request to the next is found once.
 
-    config: of the model. dtype: of its files. process: bytes that the interpreter and its libraries take. rate: of
-    this machine, see `costs.matrix_rate`; measured when it is needed first.
+    config: of the model. dtype: of its files. process: bytes that the interpreter and its libraries take. free: bytes
+    that a job may take besides; None: enough. rate: of this machine, see `costs.matrix_rate`; measured when it is
+    needed first.
     """
 
     def __init__(
@@ -90,9 +90,10 @@ class Planner:
         table: CostTable,
         *,
         process: int = 0,
+        free: int | None = None,
         rate: float | None = None,
     ) -> None:
-        self.config, self.dtype, self.process = config, dtype, process
+        self.config, self.dtype, self.process, self.free = config, dtype, process, free
         self._table, self._rate = table, rate
         self._sketches: dict[str, Sketch] = {}
         self._outputs: dict[str, OutputPlan] = {}
@@ -101,7 +102,7 @@ class Planner:
         """Raises ArchitectureError, BitsError and ConfigError for what cannot be had."""
         recipe = QepConfig(**request.recipe)
         sketch, output = self._sketch(recipe), self._output(recipe)
-        options = {"stream_room": request.stream_room, "process": self.process}
+        options = {"stream_room": request.stream_room, "process": self.process, "free": self.free}
         memory = {
             name: job_memory(sketch, output, recipe, self._table.workspace_bytes, **choice, **options)
             for name, choice in (("on_cpu", {}), ("on_gpu", {"on_gpu": True}), ("whole", {"whole": True}))

@@ -16,7 +16,7 @@ from hf_qep.engine.plan import training_memory
 from hf_qep.engine.planning.output import OutputPlan
 from hf_qep.engine.planning.sketch import BlockSketch, GroupSketch, Sketch
 from hf_qep.engine.residence import why_in_memory
-from hf_qep.engine.streams import ROOM_BYTES
+from hf_qep.engine.streams import ROOM_BYTES, room_bytes
 from hf_qep.engine.tables import PANEL_WEIGHTS
 from hf_qep.engine.unfinished import KEPT
 
@@ -73,17 +73,22 @@ def job_memory(
     *,
     on_gpu: bool = False,
     whole: bool | None = None,
-    stream_room: int = ROOM_BYTES,
+    stream_room: int | None = None,
     process: int = 0,
+    free: int | None = None,
 ) -> JobMemory:
     """Peaks of quantising. on_gpu: weights and solving there, activations in RAM. whole: have the whole model in memory
-    although the recipe does not need it. process: bytes that the interpreter and its libraries take.
+    although the recipe does not need it. stream_room: bytes of activations in memory; None: what the engine takes of
+    `free` bytes. process: bytes that the interpreter and its libraries take.
     """
     reason = why_in_memory(recipe)
     streaming = reason is None if whole is None else not whole
     streams, left = stream_bytes(sketch, recipe), left_behind_bytes(sketch, recipe)
-    spilled = max(0, streams + left - stream_room)
-    host = {"interpreter and libraries": process, "activations": min(streams + left, stream_room)}
+    room = stream_room
+    if room is None:
+        room = ROOM_BYTES if free is None or not streaming else room_bytes(free)
+    spilled = max(0, streams + left - room)
+    host = {"interpreter and libraries": process, "activations": min(streams + left, room)}
     moments = _moments(sketch, output, recipe, workspace, streaming)
     if on_gpu:
         vram = _largest(moments)
@@ -125,20 +130,18 @@ def left_behind_bytes(sketch: Sketch, recipe: QepConfig) -> int:
     return recipe.num_samples * recipe.seq_len * max(widths) * sketch.dtype.itemsize
 
 
-def solving_bytes(group: GroupSketch, recipe: QepConfig, workspace: Workspace) -> float:
-    """Moments of a group, and the largest workspace of its linears."""
+def group_bytes(group: GroupSketch, recipe: QepConfig, workspace: Workspace, observing: float) -> float:
+    """Moments of a group, and what is held beside them: what observing takes, or then the workspace of a linear."""
     method = "sign" if recipe.method == AUTO else recipe.method
     space = max(workspace(method, ref.out_features, ref.in_features) for ref in group.linears)
     square = FLOAT32 * group.in_features**2
-    if group.linears[0].expert is not None:
-        return square * (len(group.linears) + 2) + space  # a moment for each, their mean, and the mix of an expert
+    if group.linears[0].expert is not None:  # a moment for each; then their mean, and the mix of an expert
+        return square * len(group.linears) + max(observing, 2 * square + space)
     if group.exempt or not recipe.propagation:
-        return square + space
-    return (
-        square
-        + (FLOAT32 * group.linears[0].out_features * group.in_features if _summed(group, recipe) else square)
-        + space
-    )
+        gap = 0
+    else:
+        gap = FLOAT32 * group.linears[0].out_features * group.in_features if _summed(group, recipe) else square
+    return square + gap + max(observing, space)
 
 
 def _summed(group: GroupSketch, recipe: QepConfig) -> bool:
@@ -174,11 +177,11 @@ def _moments(
 def _block(sketch: Sketch, block: BlockSketch, packed: int, recipe: QepConfig, workspace: Workspace) -> dict[str, int]:
     tokens = min(recipe.batch_size, recipe.num_samples) * recipe.seq_len
     passing = pass_bytes(sketch, block, tokens)
-    solving = max((solving_bytes(group, recipe, workspace) for group in block.groups), default=0)
+    widest = max((group_bytes(group, recipe, workspace, passing) for group in block.groups), default=passing)
     return {
         "a block of float weights": block.float_bytes,
         "packed weights of the block": packed,
-        "solving the widest linear": int(max(solving, passing)),
+        "observing and solving the widest group": int(widest),
     }
 
 
