@@ -18,7 +18,7 @@ HEAVY = ("torch", "transformers")
 OPTIONAL = ("datasets", "lm_eval", "gradio", "peft", "sklearn", "evaluate", "pyarrow", "optuna", "scipy", "gguf")
 OPTIONAL += ("triton", "gemlite", "matplotlib", "PIL")
 
-GROUND = {"errors", "extras", "registry", "progress", "files", "bitorder", "public_names"}
+GROUND = {"errors", "extras", "registry", "progress", "files", "bitorder", "heaps", "public_names"}
 FORMATS = GROUND | {"formats", "kernels"}
 MODEL = FORMATS | {"config", "conversion", "modules", "accounting"}
 METHODS = FORMATS | {"algorithms", "methods"}

@@ -121,11 +121,10 @@ def stream_and_save(
     unfinished.begin(parts, resume=resume, overwrite=overwrite)
     with _kept_on_errors(unfinished, blocks.shards):
         own = config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self")
-        held = own and blocks.bytes < SHARE * free_memory()
-        with blocks.holding_all() if held and not unfinished.has_rows else nullcontext():
+        held = own and not unfinished.has_rows and blocks.bytes < SHARE * free_memory()
+        with blocks.holding_all() if held else nullcontext():
             calibration = unfinished.calibration(lambda: calibration_of(config, tokenizer, model), costly=own)
-        probe = _probe(calibration)
-        streaming = Streaming(blocks, unfinished, probe, stored_as)
+        streaming = Streaming(blocks, unfinished, probe := _probe(calibration), stored_as)
         report = quantize_model(
             model,
             config,
@@ -139,9 +138,8 @@ def stream_and_save(
         computed = model.dtype
         if stored_as is not None:
             cast_weights(model, stored_as)
-        manifest = _manifest(base_model, base_folder, config, calibration, report)
-        saving = {"manifest": manifest, "overwrite": overwrite, "remote_code": remote_code}
-        saving["max_shard_size"] = max_shard_size
+        saving = {"overwrite": overwrite, "remote_code": remote_code, "max_shard_size": max_shard_size}
+        saving["manifest"] = _manifest(base_model, base_folder, config, calibration, report)
         save_checkpoint(model, out, tokenizer=tokenizer, blocks=streaming.files, **saving)
     dtype = computed if stored_as else None
     reloaded = load_back(type(model), out, probe, streaming.answer, device=model.device, dtype=dtype)
