@@ -1,6 +1,6 @@
 """A checkpoint several times larger than the memory a process may take: is it quantised, evaluated and loaded?
 
-    python scripts/bench_limit.py                              # 3 GB under 600 MB; 15 minutes on one core
+    python scripts/bench_limit.py                              # 3 GB under 600 MB; 15 minutes on one busy core
     python scripts/bench_limit.py --layers 4 --work FOLDER     # smaller, and what is written stays for the next run
 
 Makes a random Llama in bfloat16, tensor by tensor, and takes each step in a process of its own whose address space is
@@ -32,7 +32,7 @@ SHARD, PACKED_SHARD = "500MB", "100MB"
 """Largest files. Opening one takes twice its size in addresses for a moment."""
 HEAD_SIZE = 64
 TEXT = Path(__file__).resolve().parent.parent / "hf_qep" / "demo_text" / "held_out.txt"
-STEPS = ("float", "quantise", "evaluate", "generate")
+STEPS = ("float", "quantise", "evaluate", "load", "generate")
 
 
 # ---- the checkpoint ----
@@ -145,6 +145,8 @@ def prepare(step: str, words: list[str]) -> Callable[[], object]:
     torch.set_num_threads(1)
     if step == "float":
         return lambda: load_float_model(Path(words[0]))
+    if step == "load":
+        return lambda: load_quantized(Path(words[0]))
     if step == "generate":
         return lambda: generate(load_quantized(Path(words[0])))
     sys.argv = ["hf-qep", *words]
@@ -191,6 +193,7 @@ def measure(args: argparse.Namespace, work: Path) -> None:
         + ["--dataset", str(TEXT), *rows, "--shard-size", PACKED_SHARD, "--overwrite", "--quiet"],
         "evaluate": ["eval", str(out), "--baseline", str(source), *scored, "--batch-size", "2", "--samples", "0"]
         + ["--quiet"],
+        "load": [str(out)],
         "generate": [str(out)],
     }
     for step in args.steps:
@@ -222,7 +225,7 @@ def main() -> None:
     for name, value in (("hidden", 2048), ("ffn", 4096), ("layers", 36), ("vocab", 16384)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--method", default="rtn")
-    parser.add_argument("--rows", type=int, default=8, help="of calibration and of a pass")
+    parser.add_argument("--rows", type=int, default=4, help="of calibration and of a pass")
     parser.add_argument("--tokens", type=int, default=128, help="of each row, and of each window of the evaluation")
     parser.add_argument("--scored", type=int, default=512, help="tokens of the evaluation")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)

@@ -1,6 +1,7 @@
 """Models of random weight for `bench_speed.py generate`: float and packed, in memory and in folders, and their times.
 
     python scripts/speed_models.py load FOLDER --threads 1    seconds and memory of `from_pretrained` in a new process
+    python scripts/speed_models.py load FOLDER --device-map auto    the same on a GPU, as far as it goes, and a processor
 
 A packed model is built as `from_pretrained` builds it, from a state dict in memory; no float copy is ever made.
 """
@@ -279,17 +280,20 @@ def operators(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[list[di
     return rows, sums | {"operators": sum(row["us"] for row in rows)}
 
 
-def load(folder: str, threads: int) -> None:
-    """Print what loading a folder and a few tokens cost in this process."""
+def load(folder: str, threads: int, device_map: str | None = None) -> None:
+    """Print what loading a folder and a few tokens cost in this process. device_map: as `from_pretrained` takes it."""
     torch.set_num_threads(threads)
+    options = {} if device_map is None else {"device_map": device_map}
     before, began = peak_bytes(), time.perf_counter()
     with quiet():
-        model = tf.AutoModelForCausalLM.from_pretrained(folder)
+        model = tf.AutoModelForCausalLM.from_pretrained(folder, **options)
     seconds = time.perf_counter() - began
     loaded = peak_bytes()
-    prompt = torch.arange(3, 11)[None] % model.config.vocab_size
+    prompt = torch.arange(3, 11, device=model.device)[None] % model.config.vocab_size
     times = generate(model.eval(), prompt, 7)
     facts = {"seconds": seconds, "first_tokens": sum(times.values()), "bytes_loaded": loaded}
+    if torch.cuda.is_available():
+        facts["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
     print(json.dumps(facts | {"peak_bytes": peak_bytes(), "bytes_before": before}))
 
 
@@ -315,8 +319,9 @@ def main() -> None:
     parser.add_argument("command", choices=["load"])
     parser.add_argument("folder")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device-map", help="cuda, or auto; left out: the processor")
     args = parser.parse_args()
-    load(args.folder, args.threads)
+    load(args.folder, args.threads, args.device_map)
 
 
 if __name__ == "__main__":
