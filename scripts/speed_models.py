@@ -1,7 +1,7 @@
 """Models of random weight for `bench_speed.py generate`: float and packed, in memory and in folders, and their times.
 
     python scripts/speed_models.py load FOLDER --threads 1    seconds and memory of `from_pretrained` in a new process
-    python scripts/speed_models.py load FOLDER --device-map auto    the same on a GPU, as far as it goes, and a processor
+    python scripts/speed_models.py load FOLDER --device-map auto    the same on a GPU and, behind it, a processor
 
 A packed model is built as `from_pretrained` builds it, from a state dict in memory; no float copy is ever made.
 """
