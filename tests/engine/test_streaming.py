@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_qep.cli import job
 from hf_qep.cli.job import quantize_and_save, stream_and_save
 from hf_qep.config import QepConfig
 from hf_qep.engine.headers import MANIFEST
@@ -94,12 +92,10 @@ def test_the_weights_are_those_of_a_model_that_is_quantised_while_it_is_loaded(t
     assert found.read_bytes() == expected.read_bytes()
 
 
-def test_shards_have_the_usual_names_and_contents(tiny_model, tmp_path, monkeypatch):
+def test_shards_have_the_usual_names_and_contents(tiny_model, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "m", max_shard_size="60KB")
-    save = functools.partial(job.save_checkpoint, max_shard_size="40KB")
-    monkeypatch.setattr(job, "save_checkpoint", save)
-    in_memory(tmp_path / "m", tmp_path / "whole", config())
-    streamed(tmp_path / "m", tmp_path / "streamed", config())
+    for way, name in ((in_memory, "whole"), (streamed, "streamed")):
+        way(tmp_path / "m", tmp_path / name, config(), max_shard_size="40KB")
     found, made = files(tmp_path / "whole")[0], files(tmp_path / "streamed")[0]
     index, own = (json.loads(each.pop("model.safetensors.index.json")) for each in (found, made))
     assert len(set(index["weight_map"].values())) > 2
