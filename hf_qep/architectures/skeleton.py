@@ -69,7 +69,7 @@ def block_inputs(
         for index, block in enumerate(structure.blocks):
             last = index == len(structure.blocks) - 1
             recorder = _recorder(result, pool, index, keep, None if last else _return_form(block))
-            undo.enter_context(_forward_replaced(model.get_submodule(block.name), recorder))
+            undo.enter_context(forward_replaced(model.get_submodule(block.name), recorder))
         for number, batch in enumerate(batches):
             pool.next_batch()
             run_model(model, batch)
@@ -104,7 +104,7 @@ def forward_rest(
     with ExitStack() as undo:
         for block in structure.blocks[: index + 1]:
             undo.enter_context(
-                _forward_replaced(model.get_submodule(block.name), _constant(_return_form(block), hidden))
+                forward_replaced(model.get_submodule(block.name), _constant(_return_form(block), hidden))
             )
         return model(**{key: value.to(model.device) for key, value in batch.items()})
 
@@ -179,7 +179,7 @@ def _constant(form: Callable[[Tensor], Any], hidden: Tensor) -> Callable[..., An
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Give one module another forward; models may still read the attributes of the module (`attention_type`)."""
     before = module.__dict__.get("forward")
     module.forward = forward

@@ -124,7 +124,8 @@ def stream_and_save(
         held = own and not unfinished.has_rows and blocks.bytes < SHARE * free_memory()
         with blocks.holding_all() if held else nullcontext():
             calibration = unfinished.calibration(lambda: calibration_of(config, tokenizer, model), costly=own)
-        streaming = Streaming(blocks, unfinished, probe := _probe(calibration), stored_as)
+        trains, probe = bool(config.distill_epochs), _probe(calibration)
+        streaming = Streaming(blocks, unfinished, probe, stored_as, trains=trains)
         report = quantize_model(
             model,
             config,
@@ -135,15 +136,15 @@ def stream_and_save(
             stream_budget=room_bytes(free_memory()) if stream_budget is None else stream_budget,
             stream_folder=unfinished.folder,
         )
-        computed = model.dtype
+        computed = model.dtype if stored_as and not trains else None
         if stored_as is not None:
             cast_weights(model, stored_as)
         saving = {"overwrite": overwrite, "remote_code": remote_code, "max_shard_size": max_shard_size}
         saving["manifest"] = _manifest(base_model, base_folder, config, calibration, report)
-        save_checkpoint(model, out, tokenizer=tokenizer, blocks=streaming.files, **saving)
-    dtype = computed if stored_as else None
-    reloaded = load_back(type(model), out, probe, streaming.answer, device=model.device, dtype=dtype)
-    if stored_as is not None:
+        save_checkpoint(model, out, tokenizer=tokenizer, blocks=() if trains else streaming.files, **saving)
+    answer = _answer(model, probe) if trains else streaming.answer
+    reloaded = load_back(type(model), out, probe, answer, device=model.device, dtype=computed)
+    if computed is not None:
         cast_weights(reloaded, stored_as)
     return Saved(reloaded, report, calibration, bits_report(reloaded, out))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -159,20 +160,23 @@ def _open(
     """
     from hf_qep.engine.hub_shards import open_shards
     from hf_qep.engine.on_demand import load_on_demand
+    from hf_qep.engine.plan import weights_to_quantize
     from hf_qep.engine.residence import why_in_memory
     from hf_qep.engine.source import load_float_model, resolve_model, snapshot_revision
     from hf_qep.errors import ArchitectureError, ConfigError
 
-    why = why_in_memory(config)
+    why = why_in_memory(config, sys.maxsize)  # of any model
     if why is None:
         shards = open_shards(name, revision, **options)
         try:
             model, blocks, tokenizer = load_on_demand(shards.folder, shards=shards)
+            why = why_in_memory(config, weights_to_quantize(model, config))
         except ArchitectureError as error:
-            shards.close()
-            why, revision = str(error), snapshot_revision(shards.folder) or revision
-        else:
+            why = str(error)
+        if why is None:
             return shards.folder, model, tokenizer, blocks, None
+        shards.close()
+        revision = snapshot_revision(shards.folder) or revision
     for asked, what in ((resume, "be resumed"), (options["drop"], "drop its shards")):
         if asked:
             raise ConfigError(f"only a job that reads its model block by block can {what}; this one cannot: {why}")

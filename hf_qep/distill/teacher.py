@@ -6,7 +6,7 @@ and else the likeliest; of one without (an encoder) the output itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,11 +52,22 @@ def distance(output: Any, said: TopClasses | Tensor) -> Tensor:
 @torch.no_grad()
 def take_teacher(model: Any, batches: Sequence[dict[str, Tensor]], room: int = ROOM_BYTES) -> Teacher:
     """Run the model over all batches, dicts of inputs whose first dimension are rows. room: bytes for what is kept."""
-    rows = sum(len(next(iter(batch.values()))) for batch in batches)
+    outputs = (model(**{key: value.to(model.device) for key, value in batch.items()}) for batch in batches)
+    return keep_teacher(outputs, count_rows(batches), room)
+
+
+def count_rows(batches: Iterable[dict[str, Tensor]]) -> int:
+    """Of all batches together."""
+    return sum(len(next(iter(batch.values()))) for batch in batches)
+
+
+@torch.no_grad()
+def keep_teacher(outputs: Iterable[Any], rows: int, room: int = ROOM_BYTES) -> Teacher:
+    """The same of a model's outputs, batch by batch. rows: of all batches together."""
     kept: dict[str, Tensor] = {}
     start = 0
-    for batch in batches:
-        parts = _parts(model(**{key: value.to(model.device) for key, value in batch.items()}), rows, room)
+    for output in outputs:
+        parts = _parts(output, rows, room)
         size = len(next(iter(parts.values())))
         for name, part in parts.items():
             if name not in kept:

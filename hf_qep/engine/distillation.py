@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from hf_qep.architectures.skeleton import forward_replaced
 from hf_qep.config import QepConfig
 from hf_qep.distill.learning import quiet_trainer, trainer_arguments
 from hf_qep.distill.teacher import Teacher
 from hf_qep.distill.trainable import BETAS, HELD_OUT, Trainable, nothing_else_trains
+from hf_qep.engine.plan import block_list
 from hf_qep.engine.report import Training
 from hf_qep.engine.seeds import derived_seed
 from hf_qep.modules import cast_weights
@@ -117,5 +122,9 @@ def _train(
             callbacks=[best],
         )
         trainer.remove_callback(PrinterCallback)
-        with torch.enable_grad():
+        # Where only scales train, each weight is made dense to bring gradients to them: those of one block at a time.
+        blocks = [] if trained.linears else model.get_submodule(block_list(model))
+        with torch.enable_grad(), ExitStack() as undo:
+            for block in blocks:
+                undo.enter_context(forward_replaced(block, partial(checkpoint, block.forward, use_reentrant=False)))
             trainer.train()

@@ -73,7 +73,8 @@ def quantize_model(
     recipes, budget = _recipes(model, structure, tables, config, stored_as)
     report = QuantizationReport(skipped=dict(structure.skipped), calibration=dict(calibration.description))
     with StreamStore(stream_budget, stream_folder) as store, forward_only(model), eager_experts(model):
-        job = _begin(model, structure, tables, batches, config, store, report, recipes, budget)
+        early = _wants_teacher_first(config, bool(tables) and not residence.rereads)
+        job = _begin(model, structure, tables, batches, config, store, report, recipes, budget, early=early)
         if config.output_curvature:
             job.curvature = OutputCurvature(structure, batches, config.damping)
         done = residence.resume(job, structure)
@@ -85,6 +86,9 @@ def quantize_model(
                     residence.finished(job, index, structure.blocks[index])
                 bar.advance(1, detail=f"error {report.layers[-1].error:.3f}")
         if config.distill_epochs:
+            with report.timed("teacher"):
+                job.teacher = job.teacher or residence.teacher(job, structure, batches)
+            residence.gather(model)
             latents = job.latents if job.distills_signs else {}
             with report.timed("distill"):
                 report.distillation = distill_model(
@@ -105,8 +109,10 @@ def _begin(
     report: QuantizationReport,
     recipes: dict[LinearRef, Recipe],
     budget: int | None,
+    *,
+    early: bool,
 ) -> Job:
-    """Both streams at the first block, and what the float model says, all before a linear is changed."""
+    """Both streams at the first block, and if `early` what the float model says, all before a linear is changed."""
     floats, quantized = store.stream(), store.stream()
     inputs = block_inputs(model, structure, batches, floats.append)
     _warn(report, advise(floats.tokens, _widest(structure)))
@@ -115,7 +121,7 @@ def _begin(
             inputs.first_hidden = list(floats.all(model.device))
             recipes = allocate(model, structure, batches, inputs, config, budget)
             inputs.first_hidden.clear()
-    teacher = take_teacher(model, batches) if _wants_teacher(config) else None
+    teacher = take_teacher(model, batches) if early else None
     if tables:  # the quantised stream starts from what will be stored
         quantize_tables(model, tables, _sample(batches[0]), report, structure)
         block_inputs(model, structure, batches, quantized.append)
@@ -131,8 +137,9 @@ def _begin(
     return job
 
 
-def _wants_teacher(config: QepConfig) -> bool:
-    return bool(config.distill_epochs or (config.tune_epochs and config.tune_lookahead is None))
+def _wants_teacher_first(config: QepConfig, tables_change: bool) -> bool:
+    """Whether what the float model says is wanted before the last block, where its stream says it without a pass."""
+    return bool((config.tune_epochs and config.tune_lookahead is None) or (config.distill_epochs and tables_change))
 
 
 def _sample(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -99,6 +99,16 @@ class BlockWeights:
         finally:
             self._made_up = False
 
+    def settle(self, name: str) -> None:
+        """A block has weights from elsewhere, which stay."""
+        self._held[name] += 1
+
+    def reopened(self) -> PreTrainedModel:
+        """The model as it was opened: what lies outside its blocks is read again."""
+        model, blocks, _ = load_on_demand(self.shards.folder, self._model.config.dtype, self.shards)
+        blocks.place(self._place.get("device"), self._place.get("dtype"))
+        return model
+
     def load_rest(self) -> Any:
         """Load what lies outside the blocks, and return transformers' account of it."""
         info = self._load(None)

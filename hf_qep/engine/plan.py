@@ -132,6 +132,12 @@ def count_operations(model: nn.Module, recipe: QepConfig) -> float:
     return _operations(model, linears, len(model.get_submodule(chain)), recipe)
 
 
+def weights_to_quantize(model: nn.Module, recipe: QepConfig) -> int:
+    """Weights that get signs, of a model that may be on meta. Raises ArchitectureError as `count_operations` does."""
+    linears = quantized_linears(model, block_list(model), recipe.skip_modules or ())
+    return sum(ref.out_features * ref.in_features for ref in linears)
+
+
 def linear_bits(model: nn.Module, linears: Sequence[LinearRef], tables: Sequence[Table], recipe: QepConfig) -> int:
     """Bits of the quantised linears; for `auto` what it may spend, of which it leaves a little over."""
     if recipe.method == AUTO:

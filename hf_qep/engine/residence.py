@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hf_qep.architectures.parts import Block, Structure
+from hf_qep.architectures.skeleton import forward_rest
 from hf_qep.architectures.structure import describe
 from hf_qep.config import AUTO, QepConfig
+from hf_qep.distill.teacher import Teacher, count_rows, keep_teacher
 
 if TYPE_CHECKING:
     from hf_qep.engine.block import Job
@@ -19,10 +21,10 @@ CACHE_LINE = 64
 """Bytes; torch's own tensors begin at a multiple of it."""
 
 
-def why_in_memory(config: QepConfig) -> str | None:
-    """What in a recipe needs all weights at once, None if nothing does."""
-    if config.distill_epochs:
-        return f"distill_epochs {config.distill_epochs} trains all layers together (effort `fast` does not)"
+def why_in_memory(config: QepConfig, weights: int) -> str | None:
+    """What in a recipe needs all weights at once, None if nothing does. weights: quantised ones of the model."""
+    if config.trains_signs(weights):
+        return f"distill_epochs {config.distill_epochs} trains all signs together (--no-distill-signs only scales)"
     if config.tune_epochs:
         return f"tune_epochs {config.tune_epochs} trains through the blocks behind"
     if config.method == AUTO:
@@ -34,6 +36,9 @@ def why_in_memory(config: QepConfig) -> str | None:
 
 class Residence:
     """All in memory, before and after. `engine.streaming` has the other kind, which holds one block at a time."""
+
+    rereads = False
+    """Whether what lies outside the blocks can be had as it was, after the tables have been rounded."""
 
     def describe(self, model: Any, sample: dict[str, Tensor], skip_modules: Sequence[str]) -> Structure:
         """See `architectures.structure.describe`."""
@@ -53,8 +58,25 @@ class Residence:
     def finished(self, job: Job, index: int, block: Block) -> None:
         """A block is packed and both streams are behind it; called inside `holding`."""
 
+    def teacher(self, job: Job, structure: Structure, batches: Sequence[dict[str, Tensor]]) -> Teacher:
+        """What the float model says of all rows, by its stream behind the last block."""
+        return keep_teacher(_outputs(self.float_rest(job.model), job, structure, batches), count_rows(batches))
+
+    def float_rest(self, model: Any) -> Any:
+        """The model with what lies outside the blocks as it was."""
+        return model
+
+    def gather(self, model: nn.Module) -> None:
+        """All blocks are done, and are to be in memory, packed, from now on."""
+
     def end(self, model: nn.Module) -> None:
         """All blocks are done, and the model is marked as quantised."""
+
+
+def _outputs(model: Any, job: Job, structure: Structure, batches: Sequence[dict[str, Tensor]]) -> Iterator[Any]:
+    last = len(structure.blocks) - 1
+    for number, batch in enumerate(batches):
+        yield forward_rest(model, structure, last, job.float_stream.get(number, model.device), batch)
 
 
 def align_outside(model: nn.Module, structure: Structure) -> None:

@@ -19,7 +19,7 @@ from hf_qep.conversion import as_stored, finish_loading
 from hf_qep.engine.block import Job
 from hf_qep.engine.on_demand import BlockWeights, forget_weights
 from hf_qep.engine.report import BlockTuning, LayerReport
-from hf_qep.engine.residence import Residence
+from hf_qep.engine.residence import Residence, align
 from hf_qep.engine.unfinished import Unfinished
 from hf_qep.errors import ArchitectureError
 from hf_qep.modules import cast_weights, packed_like, replace_module
@@ -32,16 +32,26 @@ STREAMS = {"float": "float_stream", "quantized": "quantized_stream"}
 class Streaming(Residence):
     """Weights of blocks are read when it is their turn, and written to the unfinished job when they are packed.
 
+    trains: the packed model trains as a whole at the end; its blocks are in memory then, and stay there.
     stored_as: dtype in the files of what stays float, if the model computes in another one.
     probe: a few tokens as inputs of the model. What the finished model answers to them is in `answer` at the end.
     """
 
+    rereads = True
+
     def __init__(
-        self, blocks: BlockWeights, job: Unfinished, probe: dict[str, Tensor], stored_as: torch.dtype | None = None
+        self,
+        blocks: BlockWeights,
+        job: Unfinished,
+        probe: dict[str, Tensor],
+        stored_as: torch.dtype | None = None,
+        *,
+        trains: bool = False,
     ) -> None:
-        self._blocks, self._unfinished, self._probe, self._stored_as = blocks, job, probe, stored_as
+        self._blocks, self._unfinished, self._probe, self._trains = blocks, job, probe, trains
+        self._stored_as = None if trains else stored_as
         self.answer: Tensor | None = None
-        """(rows, ...) float32: the first output."""
+        """(rows, ...) float32: the first output, unless the model trains."""
 
     @property
     def files(self) -> list[Path]:
@@ -97,7 +107,8 @@ class Streaming(Residence):
             if self._stored_as is not None:  # what the files cannot hold is dropped before it is used
                 computed = job.model.dtype
                 cast_weights(module, self._stored_as)
-            self._unfinished.keep_block(index, as_stored(job.model, module.state_dict(prefix=f"{block.name}.")))
+            state = module.state_dict(prefix=f"{block.name}.")
+            self._unfinished.keep_block(index, state if self._trains else as_stored(job.model, state))
             if self._stored_as is not None:
                 cast_weights(module, computed)
             finish_loading(module, job.config)
@@ -109,9 +120,24 @@ class Streaming(Residence):
             save_file({"hidden": self._hidden.cpu().contiguous()}, folder / "probe.safetensors")
         self._blocks.shards.durable(index + 1)
 
+    def float_rest(self, model: Any) -> Any:
+        """See `Residence.float_rest`."""
+        return self._blocks.reopened()
+
+    def gather(self, model: nn.Module) -> None:
+        """See `Residence.gather`."""
+        for block, path in zip(self._structure.blocks, self.files, strict=True):
+            module = model.get_submodule(block.name)
+            state = {name.removeprefix(f"{block.name}."): tensor for name, tensor in load_file(path).items()}
+            module.load_state_dict(state, assign=True)
+            align(module.modules())
+            self._blocks.settle(block.name)
+
     @torch.no_grad()
     def end(self, model: Any) -> None:
         """See `Residence.end`."""
+        if self._trains:
+            return
         last = len(self._structure.blocks) - 1
         self.answer = forward_rest(model, self._structure, last, self._hidden, self._probe)[0].float()
 

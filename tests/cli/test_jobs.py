@@ -142,8 +142,10 @@ def full_disk(*_):
 
 def test_a_job_that_trains_is_in_memory_and_says_why(float_folder, text_file, tmp_path):
     words = ("quantize", float_folder, "--out", tmp_path / "q", "--dataset", text_file, "--method", "rtn", *SMALL)
-    assert "distill_epochs 2 trains all layers" in refusal(run(*words, "--resume"))
+    assert "distill_epochs 2 trains all signs" in refusal(run(*words, "--resume"))
     assert "in memory: distill_epochs 2" in run(*words).stderr
+    one_by_one = run(*words, "--no-distill-signs", "--resume", "--overwrite")
+    assert one_by_one.exit_code == 0 and "one block at a time" in one_by_one.stderr
 
 
 def test_skipped_modules_stay_float(float_folder, text_file, tmp_path):

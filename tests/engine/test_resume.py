@@ -249,6 +249,21 @@ def test_rows_that_the_model_wrote_are_kept(source, tmp_path, monkeypatch):
     assert files(tmp_path / "out")[0][weights] == source[1][0][weights]
 
 
+@pytest.mark.parametrize("place", [("forward_rest", "residence"), ("distill_model", "job"), ("finish_loading", "job")])
+def test_a_kill_behind_the_last_block_goes_on_with_what_is_left(tiny_model, tmp_path, monkeypatch, place):
+    name, module = place
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    recipe = config(**RECIPE, distill_epochs=1, distill_signs=False, embedding_bits=8)
+    streamed(tmp_path / "m", tmp_path / "out", recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"hf_qep.engine.{module}.{name}", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            streamed(tmp_path / "m", tmp_path / "again", recipe)
+    assert Unfinished(tmp_path / "again").latest()[0] == 2
+    streamed(tmp_path / "m", tmp_path / "again", recipe, resume=True)
+    assert files(tmp_path / "again") == files(tmp_path / "out")
+
+
 def test_a_mixture_of_experts_goes_on_as_well(tiny_model, tmp_path, monkeypatch):
     tiny_model("qwen3_moe").save_pretrained(tmp_path / "m")
     recipe = config("qwen3_moe", method="rtn", embedding_bits=8)

@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_qep.cli.job import quantize_and_save, stream_and_save
 from hf_qep.config import QepConfig
+from hf_qep.distill.teacher import take_teacher
+from hf_qep.engine.calibration import calibration_of
 from hf_qep.engine.headers import MANIFEST
+from hf_qep.engine.job import quantize_model
 from hf_qep.engine.on_demand import load_on_demand
 from hf_qep.engine.source import load_float_model
 from tests.tiny_models import VOCAB, build_batch
@@ -71,6 +74,44 @@ def test_the_files_are_those_of_a_model_in_memory(tiny_model, tmp_path, family):
     assert files(tmp_path / "streamed") == files(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"m", "whole", "streamed"}
     assert saved.reloaded.is_quantized
+
+
+TRAINING = {"distill_epochs": 1, "distill_signs": False}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "gpt2", "bert", "cohere2_vision"])
+def test_a_model_whose_scales_train_at_the_end_is_read_block_by_block(tiny_model, tmp_path, family):
+    tiny_model(family).save_pretrained(tmp_path / "m")
+    in_memory(tmp_path / "m", tmp_path / "whole", config(family, **TRAINING))
+    saved = streamed(tmp_path / "m", tmp_path / "streamed", config(family, **TRAINING))
+    assert saved.report.distillation.epoch == (family != "bert")  # which one epoch does not make any better
+    assert files(tmp_path / "streamed") == files(tmp_path / "whole")
+
+
+def test_training_in_another_dtype_gives_the_same_files(tiny_model, tmp_path):
+    tiny_model("qwen3").to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    recipe = config("qwen3", **TRAINING)
+    in_memory(tmp_path / "m", tmp_path / "whole", recipe, torch.float32)
+    streamed(tmp_path / "m", tmp_path / "streamed", recipe, torch.float32)
+    assert files(tmp_path / "streamed") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "bert"])
+def test_the_stream_behind_the_last_block_says_what_the_float_model_says(tiny_model, monkeypatch, family):
+    said = []
+
+    def watch(model, config, inputs, teacher, *args, **options):
+        said.append(teacher.said)
+
+    monkeypatch.setattr("hf_qep.engine.job.distill_model", watch)
+    model, recipe = tiny_model(family), config(family, **TRAINING)
+    calibration = calibration_of(recipe, None, model)
+    expected = take_teacher(model, calibration.batches(recipe.batch_size)).said
+    quantize_model(model, recipe, calibration)
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(said[0], expected)
+    else:
+        assert torch.equal(said[0].log_p, expected.log_p)
 
 
 @pytest.mark.parametrize(("stored", "computed"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", None)])

@@ -81,7 +81,7 @@ def job_memory(
     although the recipe does not need it. stream_room: bytes of activations in memory; None: what the engine takes of
     `free` bytes. process: bytes that the interpreter and its libraries take.
     """
-    reason = why_in_memory(recipe)
+    reason = why_in_memory(recipe, output.linear_weights)
     streaming = reason is None if whole is None else not whole
     streams, left = stream_bytes(sketch, recipe), left_behind_bytes(sketch, recipe)
     room = stream_room
