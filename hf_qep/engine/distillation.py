@@ -26,7 +26,7 @@ from hf_qep.distill.trainable import BETAS, HELD_OUT, Trainable, nothing_else_tr
 from hf_qep.engine.plan import block_list
 from hf_qep.engine.report import Training
 from hf_qep.engine.seeds import derived_seed
-from hf_qep.modules import cast_weights
+from hf_qep.modules import cast_weights, packed_modules
 from hf_qep.progress import Progress
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def distill_model(
         return None
     train, test = Rows(inputs, range(count - held)), Rows(inputs, range(count - held, count))
     stored = model.dtype
-    solved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    solved = {name: tensor.clone() for name, tensor in _changing(model, signs=bool(latents)).items()}
     before = held_out_loss(model, test, teacher, rows_per_step)
     cast_weights(model, torch.float32)
     with nothing_else_trains(model), progress.bar("distilling", config.distill_epochs, "epoch") as bar:
@@ -68,9 +68,21 @@ def distill_model(
     cast_weights(model, stored)
     after = held_out_loss(model, test, teacher, rows_per_step)
     if not best.epoch or not after < before:  # rounding of scales and norms can undo a small gain
-        model.load_state_dict(solved)
+        model.load_state_dict(solved, strict=False)
         best.epoch, after, flips = 0, before, 0.0
     return Training(len(train), len(test), before, after, best.epoch, flips)
+
+
+def _changing(model: Any, *, signs: bool) -> dict[str, Tensor]:
+    """What training may change of a packed model: vectors, scales, and words of signs if these train."""
+    state = model.state_dict()
+    packed = {
+        f"{name}.{leaf}"
+        for name, module in packed_modules(model).items()
+        for leaf, tensor in module.tensors().items()
+        if signs or tensor.is_floating_point()
+    }
+    return {name: tensor for name, tensor in state.items() if tensor.ndim < 2 or name in packed}
 
 
 @torch.no_grad()
