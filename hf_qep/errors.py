@@ -59,6 +59,10 @@ class ResumeError(QepError, ValueError):
     """An unfinished job cannot be gone on with; the message says which part of it is another one."""
 
 
+class LostProcessError(QepError, RuntimeError):
+    """One of several processes that work together has ended, or does not answer."""
+
+
 class DiskSpaceError(QepError, OSError):
     """Not enough free space for the output."""
 

@@ -7,7 +7,8 @@ ever. Here a server that has imported everything and started nothing forks inste
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +24,23 @@ _context.set_forkserver_preload(PRELOADED)
 
 def exit_code(target: Callable[..., Any], *args: Any) -> int:
     """Call `target` in a new process: 0 if it returned, 1 if it raised, -9 if it was killed. Both must be picklable."""
-    process = _context.Process(target=_call, args=(target, *args), daemon=True)
-    process.start()
-    process.join(PATIENCE)
-    if process.is_alive():
-        process.kill()
-        raise TimeoutError(f"{target.__name__} did not end within {PATIENCE} s")
-    return process.exitcode
+    return exit_codes(target, [args])[0]
+
+
+def exit_codes(target: Callable[..., Any], calls: Sequence[tuple], patience: float = PATIENCE) -> list[int]:
+    """The same for several calls at the same time. Those that take longer than so many seconds are killed, and
+    TimeoutError is raised."""
+    processes = [_context.Process(target=_call, args=(target, *args), daemon=True) for args in calls]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + patience
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    if stuck := [process for process in processes if process.is_alive()]:
+        for process in stuck:
+            process.kill()
+        raise TimeoutError(f"{target.__name__} did not end within {patience} s")
+    return [process.exitcode for process in processes]
 
 
 def _call(target: Callable[..., Any], *args: Any) -> None:

@@ -6,7 +6,7 @@ the partly quantised model and x what it reads in the float model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,8 @@ from hf_qep.errors import IllConditionedError, NonFiniteError
 
 RETRIES = 5
 ARRANGED_ROWS = 256
+PART_BYTES = 32 << 20
+"""Most bytes of a part of a moment that is added, or sent, at a time."""
 
 PRIOR = 2
 """Tokens' worth of ridge per input. Tokens of one text resemble each other, so it takes more than one of them to settle
@@ -92,6 +94,38 @@ class Moments:
         weight = token_weight.reshape(-1).to(self._hessian)
         self._mass += weight.sum(dtype=torch.float64).item()
         return weight / self._mass
+
+    @property
+    def seen(self) -> tuple[int, float]:
+        """Tokens, and their weights together."""
+        return self.count, self._mass
+
+    @seen.setter
+    def seen(self, seen: tuple[int, float]) -> None:
+        """Say what the parts that were overwritten have seen."""
+        self.count, self._mass = seen
+
+    @property
+    def bytes(self) -> int:
+        """Of all that is kept."""
+        return sum(part.nbytes for part in self.parts())
+
+    def parts(self) -> list[Tensor]:
+        """All that is kept as views of at most PART_BYTES, or a row, to be read and overwritten."""
+        kept = [self._hessian, self._cross, self._gap, self._mean_gap, self._mean_quantized, self._mean_float]
+        return [part for moment in kept if moment is not None for part in moment.split(_rows_of_a_part(moment))]
+
+    def add_before(self, seen: tuple[int, float], parts: Iterable[Tensor]) -> None:
+        """Add tokens that came before those that are here.
+
+        seen, parts: of moments of the same kind, such as those of another process; the tensors are overwritten.
+        """
+        count, mass = seen
+        total = mass + self._mass
+        earlier, later = (mass / total, self._mass / total) if total else (0.0, 0.0)
+        for own, part in zip(self.parts(), parts, strict=True):
+            own.mul_(later).add_(part.mul_(earlier))
+        self.count, self._mass = count + self.count, total
 
     @property
     def has_output_gap(self) -> bool:
@@ -209,6 +243,10 @@ def damped_diagonal(diagonal: Tensor, damping: float) -> Tensor:
     live = diagonal > 0
     mean = diagonal[live].mean() if live.any() else diagonal.new_ones(())
     return torch.where(live, diagonal + damping * mean, mean)
+
+
+def _rows_of_a_part(moment: Tensor) -> int:
+    return max(1, PART_BYTES // max(1, moment[:1].nbytes))
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

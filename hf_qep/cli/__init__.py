@@ -45,11 +45,11 @@ class GuardedCommand(TyperCommand):
     def invoke(self, ctx: typer.Context) -> Any:
         """Run the command's function under the rules for errors, warnings and progress of all commands."""
         as_json, quiet = self._is_set(ctx, "--json"), self._is_set(ctx, "--quiet")
-        if not Progress(quiet or as_json).visible:
+        if not (Progress(quiet or as_json).visible and output.speaks()):
             # Read by the hub client, transformers and datasets when they are imported, which no command has done yet.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        with output.errors_as_exit_code(as_json), output.warnings_as_notes():
+        with output.errors_as_exit_code(as_json and output.speaks()), output.warnings_as_notes():
             return super().invoke(ctx)
 
     def _is_set(self, ctx: typer.Context, option: str) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from hf_qep.accounting import bits_report
 from hf_qep.config import QepConfig
 from hf_qep.engine.assembly import SHARD_SIZE
 from hf_qep.engine.calibration import Calibration, calibration_of
-from hf_qep.engine.fingerprint import job_parts
+from hf_qep.engine.fingerprint import check_alike, job_parts
 from hf_qep.engine.job import quantize_model
 from hf_qep.engine.manifest import build_manifest
 from hf_qep.engine.on_demand import BlockWeights, free_memory
+from hf_qep.engine.processes import Processes
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.engine.shards import Shards
 from hf_qep.engine.source import licence_of, snapshot_revision
@@ -106,24 +108,23 @@ def stream_and_save(
     progress: Progress = SILENT,
     stream_budget: int | None = None,
     max_shard_size: str | int = SHARD_SIZE,
-) -> Saved:
+    processes: Processes | None = None,
+) -> Saved | None:
     """As `quantize_and_save`, for a model whose blocks are read when they are needed.
 
     What is done is kept beside `out`, so that a job that was killed, or failed, after its first block can go on.
     resume: go on with it. stream_budget: bytes of activations in memory; default: what there is room for.
+    processes: those that share the work, all with the same arguments; the first writes, the others return None.
     Raises ResumeError if the job was made of something else, OutputExistsError if something was left and neither option
-    says what to do with it.
+    says what to do with it, LostProcessError.
     """
-    unfinished = Unfinished(out)
-    overwrite = overwrite or (resume and unfinished.wrote_output)
-    check_output(out, overwrite=overwrite)
-    parts = job_parts(blocks.shards, config, model.device, model.dtype if stored_as else None, progress)
-    unfinished.begin(parts, resume=resume, overwrite=overwrite)
-    with _kept_on_errors(unfinished, blocks.shards):
-        own = config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self")
-        held = own and not unfinished.has_rows and blocks.bytes < SHARE * free_memory()
-        with blocks.holding_all() if held else nullcontext():
-            calibration = unfinished.calibration(lambda: calibration_of(config, tokenizer, model), costly=own)
+    processes, unfinished = processes or Processes(), Unfinished(out)
+    check_alike(processes, config, blocks.shards.folder)
+    place = {"device": model.device, "dtype": model.dtype if stored_as else None}
+    parts = partial(job_parts, blocks.shards, config, **place, progress=progress)
+    overwrite = processes.from_first(partial(_begin, unfinished, parts, overwrite, resume))
+    with _left_in_order(unfinished, blocks.shards, processes):
+        calibration = processes.from_first(lambda: _rows(unfinished, config, tokenizer, model, blocks))
         trains, probe = bool(config.distill_epochs), _probe(calibration)
         streaming = Streaming(blocks, unfinished, probe, stored_as, trains=trains)
         report = quantize_model(
@@ -133,41 +134,88 @@ def stream_and_save(
             progress=progress,
             stored_as=stored_as,
             residence=streaming,
-            stream_budget=room_bytes(free_memory()) if stream_budget is None else stream_budget,
-            stream_folder=unfinished.folder,
+            stream_budget=room_bytes(free_memory() // processes.neighbours) if stream_budget is None else stream_budget,
+            stream_folder=unfinished.folder if unfinished.folder.is_dir() else None,
+            processes=processes,
         )
-        computed = model.dtype if stored_as and not trains else None
         if stored_as is not None:
             cast_weights(model, stored_as)
-        saving = {"overwrite": overwrite, "remote_code": remote_code, "max_shard_size": max_shard_size}
-        saving["manifest"] = _manifest(base_model, base_folder, config, calibration, report)
-        save_checkpoint(model, out, tokenizer=tokenizer, blocks=() if trains else streaming.files, **saving)
-    answer = _answer(model, probe) if trains else streaming.answer
-    reloaded = load_back(type(model), out, probe, answer, device=model.device, dtype=computed)
-    if computed is not None:
-        cast_weights(reloaded, stored_as)
+        if processes.first:
+            saving = {"overwrite": overwrite, "remote_code": remote_code, "max_shard_size": max_shard_size}
+            saving["manifest"] = _manifest(base_model, base_folder, config, calibration, report)
+            save_checkpoint(model, out, tokenizer=tokenizer, blocks=() if trains else streaming.files, **saving)
+        processes.gather()
+    if not processes.first:
+        processes.gather()
+        return None
+    answer, computed = (_answer(model, probe), None) if trains else (streaming.answer, place["dtype"])
+    reloaded = _read_back(model, out, probe, answer, computed, stored_as)
+    processes.gather()
     return Saved(reloaded, report, calibration, bits_report(reloaded, out))
 
 
+def _read_back(
+    model: PreTrainedModel,
+    out: Path,
+    probe: dict[str, torch.Tensor],
+    answer: torch.Tensor,
+    computed: torch.dtype | None,
+    stored_as: torch.dtype | None,
+) -> PreTrainedModel:
+    reloaded = load_back(type(model), out, probe, answer, device=model.device, dtype=computed)
+    if computed is not None:
+        cast_weights(reloaded, stored_as)
+    return reloaded
+
+
 @contextmanager
-def _kept_on_errors(unfinished: Unfinished, shards: Shards) -> Iterator[None]:
-    """What the body has done is kept if it fails, and removed when it has ended. Raises DiskSpaceError for one that is
-    full."""
+def _left_in_order(unfinished: Unfinished, shards: Shards, processes: Processes) -> Iterator[None]:
+    """What the body has done is kept if it fails, and removed when it has ended. All processes fail with the same
+    error: DiskSpaceError if a disk is full."""
     try:
-        shards.keep_account()
-        yield
-    except BaseException as error:
+        with processes.agreeing(), _said_when_full(unfinished):
+            if processes.first:
+                shards.keep_account()
+            yield
+    except BaseException:
         shards.close()
-        unfinished.give_up()
-        if is_disk_full(error):
-            kept = unfinished.folder.exists()
-            raise DiskSpaceError(
-                f"no space is left on the disk for {str(unfinished.out)!r}; free some, then "
-                f"{'go on with --resume, which begins behind the last block' if kept else 'start again'}"
-            ) from error
+        if processes.first:
+            unfinished.give_up()
         raise
     shards.close()
-    unfinished.remove()
+    if processes.first:
+        unfinished.remove()
+
+
+@contextmanager
+def _said_when_full(unfinished: Unfinished) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if not is_disk_full(error):
+            raise
+        kept = any(unfinished.folder.glob("after-*"))
+        raise DiskSpaceError(
+            f"no space is left on the disk for {str(unfinished.out)!r}; free some, then "
+            f"{'go on with --resume, which begins behind the last block' if kept else 'start again'}"
+        ) from error
+
+
+def _begin(unfinished: Unfinished, parts: Callable[[], dict[str, Any]], overwrite: bool, resume: bool) -> bool:
+    """Begin, or go on; whether what lies in the output may be replaced."""
+    overwrite = overwrite or (resume and unfinished.wrote_output)
+    check_output(unfinished.out, overwrite=overwrite)
+    unfinished.begin(parts(), resume=resume, overwrite=overwrite)
+    return overwrite
+
+
+def _rows(
+    unfinished: Unfinished, config: QepConfig, tokenizer: Any, model: PreTrainedModel, blocks: BlockWeights
+) -> Calibration:
+    own = config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self")
+    held = own and not unfinished.has_rows and blocks.bytes < SHARE * free_memory()
+    with blocks.holding_all() if held else nullcontext():
+        return unfinished.calibration(lambda: calibration_of(config, tokenizer, model), costly=own)
 
 
 @torch.no_grad()

@@ -28,6 +28,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value i
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints; results and errors only.")]
 
 
+def speaks() -> bool:
+    """Whether results are to be expected from this process: it is alone, or the first that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_json(value: Any) -> None:
     """One JSON value on standard output; numbers that are not finite become null, which every reader accepts."""
     typer.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))

@@ -18,6 +18,7 @@ from hf_qep.progress import Progress
 if TYPE_CHECKING:
     from hf_qep.cli.job import Saved
     from hf_qep.config import QepConfig
+    from hf_qep.engine.processes import Processes
 
 CALIBRATION_HELP = (
     "Calibration text: a txt, jsonl, csv or parquet file (file:column), a Hub data set (id:config:split:column) or a "
@@ -91,21 +92,32 @@ def quantize_command(
     quiet: output.QuietOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
-    """Quantise a model to about one bit per weight and save it."""
+    """Quantise a model to about one bit per weight and save it.
+
+    Several processes or GPUs share the work of --effort fast: torchrun --nproc-per-node 2 -m hf_qep quantize ...
+    """
     recipe = {name: value for name, value in locals().items() if name in RECIPE} | {"skip_modules": skip}
     room = None if stream_room is None else parse_size(stream_room, zero=True)
     check_output(out, overwrite=overwrite or resume)  # before the seconds that the imports below take
+    from hf_qep.engine.launch import joined, own_device
+
     began = time.monotonic()
-    place, compute_as = to_device(device), to_dtype(dtype)
-    saving = {"overwrite": overwrite, "remote_code": remote_code, "progress": Progress(quiet or as_json)}
-    saving["stream_budget"] = room
+    place, compute_as = own_device(to_device(device)), to_dtype(dtype)
+    saving = {"overwrite": overwrite, "remote_code": remote_code, "stream_budget": room}
     if shard_size is not None:
         saving["max_shard_size"] = parse_size(shard_size)
-    say = (lambda text: None) if quiet or as_json else output.note
-    config, saved, best = _quantize(model, revision, recipe, out, place, compute_as, saving, resume, drop_shards, say)
-    seconds = round(time.monotonic() - began, 1)
-    result = summary(model, out, config.method, saved) | {"effort": config.effort, "seconds": seconds}
-    result["best_would_take_times"] = best
+    with joined(place) as processes:
+        silent = quiet or as_json or not processes.first
+        saving |= {"progress": Progress(silent), "processes": processes}
+        say = (lambda text: None) if silent else output.note
+        found = _quantize(model, revision, recipe, out, place, compute_as, saving, resume, drop_shards, say)
+    config, saved, best = found
+    if saved is not None:  # the first of several processes says it
+        result = summary(model, out, config.method, saved) | {"effort": config.effort}
+        _say(result | {"seconds": round(time.monotonic() - began, 1), "best_would_take_times": best}, quiet, as_json)
+
+
+def _say(result: dict[str, Any], quiet: bool, as_json: bool) -> None:
     if as_json:
         output.print_json(result)
     else:
@@ -123,20 +135,24 @@ def _quantize(
     resume: bool,
     drop: bool,
     say: Callable[[str], None],
-) -> tuple[QepConfig, Saved, float | None]:
-    """The config that was used, the finished job, and how many times as much work the best effort would have been."""
+) -> tuple[QepConfig, Saved | None, float | None]:
+    """The config that was used, the finished job (None on all processes but the first), and how many times as much work
+    the best effort would have been."""
     from hf_qep.cli.job import quantize_and_save, stream_and_save
     from hf_qep.config import EFFORTS, QepConfig
     from hf_qep.engine.plan import count_operations
+    from hf_qep.engine.shares import check_shared, why_alone
     from hf_qep.engine.unfinished import Unfinished
 
-    config = QepConfig(**recipe)
-    unfinished = Unfinished(out)
-    unfinished.check(resume=resume, overwrite=saving["overwrite"])
+    config, unfinished, processes = QepConfig(**recipe), Unfinished(out), saving["processes"]
+    check_shared(processes, why_alone(config))
+    processes.from_first(lambda: unfinished.check(resume=resume, overwrite=saving["overwrite"]))
     options = {"drop": drop, "account": unfinished.shards, "progress": saving["progress"]}
     if resume and revision is None:  # the branch may have moved since
-        revision = unfinished.revision
-    folder, float_model, tokenizer, blocks, why = _open(model, revision, config, resume, options)
+        revision = processes.from_first(lambda: unfinished.revision)
+    source = model if processes.count == 1 else _brought(model, revision, drop, processes)
+    folder, float_model, tokenizer, blocks, why = _open(source, revision, config, resume, options)
+    check_shared(processes, why)
     say(f"All weights are in memory: {why}." if why else "The weights of one block at a time are in memory.")
     best = None
     if config.effort != "best":
@@ -144,11 +160,25 @@ def _quantize(
         best = count_operations(float_model, better) / count_operations(float_model, config)
     saving |= {"base_model": model, "base_folder": folder, "stored_as": float_model.dtype if compute_as else None}
     if blocks is None:
+        del saving["processes"]
         unfinished.remove()  # with --overwrite only: it would have been refused above
         float_model = float_model.to(device=place, dtype=compute_as)
         return config, quantize_and_save(float_model, tokenizer, config, out, **saving), best
     blocks.place(place, compute_as)
     return config, stream_and_save(float_model, blocks, tokenizer, config, out, resume=resume, **saving), best
+
+
+def _brought(model: str, revision: str | None, drop: bool, processes: Processes) -> str:
+    """Folder of all weight files, which are there before processes that share the Hub cache begin."""
+    from hf_qep.engine.source import resolve_model
+    from hf_qep.errors import ConfigError
+
+    if drop:
+        raise ConfigError(
+            f"{processes.count} processes read the same files of the Hub cache, so none may remove them; leave out "
+            "--drop-shards"
+        )
+    return str(processes.first_ahead(lambda: resolve_model(model, revision)))
 
 
 def _open(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +30,14 @@ from hf_qep.engine.masks import without_padding
 from hf_qep.engine.recipes import Recipe
 from hf_qep.engine.report import LayerReport, QuantizationReport
 from hf_qep.engine.seeds import layer_seed
+from hf_qep.engine.shares import Shares, Sums
 from hf_qep.engine.streams import Stream, StreamStore
 from hf_qep.engine.tuning import TuningData, tune_block
 from hf_qep.errors import ArchitectureError, NonFiniteError
 from hf_qep.heaps import trim_heaps
 from hf_qep.methods.problem import LayerProblem
 from hf_qep.modules import PackedTensors, QepExpertWeight, packed_like, replace_module
-from hf_qep.registry import METHODS
+from hf_qep.registry import FORMATS, METHODS
 
 
 @dataclass
@@ -63,6 +63,8 @@ class Job:
     """Present if errors are to be measured in the metric of the model's output."""
     latents: dict[str, dict[str, Tensor]] | None = None
     """Linear -> latents of its sign matrices, for signs that will train."""
+    shares: Shares = field(default_factory=Shares)
+    """Part of this process; streams, masks and inputs are those of its own batches."""
 
     @property
     def distills_signs(self) -> bool:
@@ -154,15 +156,28 @@ def _residual_writers(job: Job, block: Block) -> set[LinearRef]:
     return {g.linears[0] for g in block.groups if len(g.linears) == 1 and g.linears[0].out_features == width}
 
 
-def _observe(job: Job, index: int, block: Block, group: Group, side: FloatSide) -> dict[LinearRef, Moments]:
-    """Moments of the quantised stream at a group: one for linears that share their input, one per expert."""
+def _observe(job: Job, index: int, block: Block, group: Group, side: FloatSide) -> Sums:
+    """Moments of the quantised stream at a group: one for linears that share their input, one per expert. Where none of
+    them will be solved there may be none."""
     experts = group.linears[0].expert is not None
     watched = group.linears if experts else group.linears[:1]
-    device = _device(job.model, block)
+    own = _device(job.model, block)
     cross = len(side.stream) > 0 and not side.summed
-    moments = {
-        ref: Moments(ref.in_features, cross, device, outputs=ref.out_features if side.summed else 0) for ref in watched
-    }
+
+    def empty(device: torch.device | str | None) -> Sums:
+        gaps = {ref: ref.out_features if side.summed else 0 for ref in watched}
+        return {ref: Moments(ref.in_features, cross, device or own, outputs=gap) for ref, gap in gaps.items()}
+
+    def observe(batches: range, moments: Sums) -> None:
+        _observe_batches(job, index, block, side, batches, moments)
+
+    return job.shares.add_up(empty, observe, job.store, everywhere=len(group.linears) > 1)
+
+
+def _observe_batches(job: Job, index: int, block: Block, side: FloatSide, batches: range, moments: Sums) -> None:
+    """Add some batches to the moments of a group."""
+    experts = next(iter(moments)).expert is not None
+    device = _device(job.model, block)
     batch, inputs = 0, {}
 
     def kept(x: Tensor) -> Tensor:
@@ -172,7 +187,7 @@ def _observe(job: Job, index: int, block: Block, group: Group, side: FloatSide) 
         if side.summed:
             inputs[ref] = x
             return
-        moments[ref].update(kept(x), kept(side.stream.get(batch, device)) if cross else None)
+        moments[ref].update(kept(x), kept(side.stream.get(batch, device)) if len(side.stream) else None)
         if not experts:
             raise StopForward
 
@@ -183,13 +198,12 @@ def _observe(job: Job, index: int, block: Block, group: Group, side: FloatSide) 
             moments[ref].update(kept(inputs.pop(ref)), gap=kept(gap), token_weight=_norm_weight(kept(total)))
             raise StopForward
 
-    with LinearObserver({ref: get_weight(job.model, ref) for ref in watched}, see, see_sum):
-        for batch in range(len(job.quantized_stream)):
+    with LinearObserver({ref: get_weight(job.model, ref) for ref in moments}, see, see_sum):
+        for batch in batches:
             try:
                 _step(job, index, block, job.quantized_stream, batch, device, advance=False)
             except StopForward:
                 continue
-    return moments
 
 
 def _norm_weight(total: Tensor) -> Tensor:
@@ -200,29 +214,26 @@ def _norm_weight(total: Tensor) -> Tensor:
     return 1 / (total.square().mean(-1) + NORM_EPS)
 
 
-def solve_group(job: Job, group: Group, moments: dict[LinearRef, Moments]) -> None:
+def solve_group(job: Job, group: Group, moments: Sums) -> None:
     """Correct, solve and pack the linears of a group and put the packed modules into the model.
 
     moments: those of the quantised stream, for the first linear or, of experts, for each. Raises ArchitectureError if
     no token was seen, NonFiniteError, IllConditionedError.
     """
-    packed: dict[str, PackedTensors] = {}
-    if not group.exempt and not moments[group.linears[0]].count:
+    if moments and not group.exempt and not moments[group.linears[0]].count:
         raise ArchitectureError(f"no calibration token reaches `{group.linears[0].name}`; name it in skip_modules")
-    pool = _pool(moments)
-    for ref in group.linears:
-        seen = moments[ref if ref in moments else group.linears[0]]
+    pool, solved = _pool(moments), {}
+    for ref in job.shares.solved_here(group):
         try:
-            _solve_linear(job, group, ref, seen, pool, packed)
+            solved[ref] = _solve_linear(job, group, ref, moments[ref if ref in moments else group.linears[0]], pool)
         except NonFiniteError as error:
             raise NonFiniteError(f"`{ref.name}`: {error}") from error
-    for name, module in packed.items():
-        replace_module(job.model, name, module)
+    _put_in(job, group, job.shares.exchange(solved))
 
 
-def _pool(moments: dict[LinearRef, Moments]) -> Tensor | None:
+def _pool(moments: Sums) -> Tensor | None:
     """Hessian over the tokens of all experts."""
-    if len(moments) == 1:
+    if len(moments) < 2:
         return None
     total = max(1, sum(m.count for m in moments.values()))
     return sum(m.hessian() * (m.count / total) for m in moments.values())
@@ -236,9 +247,21 @@ def _hessian(own: Moments, pool: Tensor | None, *, centered: bool) -> Tensor:
     return own.hessian() * share + pool * (1 - share)
 
 
-def _solve_linear(
-    job: Job, group: Group, ref: LinearRef, moments: Moments, pool: Tensor | None, packed: dict[str, PackedTensors]
-) -> None:
+@dataclass(frozen=True)
+class Solved:
+    """A linear in its packed form."""
+
+    tensors: dict[str, Tensor]
+    bias: Tensor | None
+    report: LayerReport
+
+    def cpu(self) -> Solved:
+        """The same on the CPU."""
+        tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
+        return Solved(tensors, None if self.bias is None else self.bias.cpu(), self.report)
+
+
+def _solve_linear(job: Job, group: Group, ref: LinearRef, moments: Moments, pool: Tensor | None) -> Solved:
     config, recipe = job.config, job.recipes[ref]
     method, spec = METHODS.get(recipe.method), recipe.spec
     strength = job.strength(group)
@@ -250,32 +273,43 @@ def _solve_linear(
         generator = torch.Generator().manual_seed(layer_seed(config.seed, ref))
         metric = None if job.curvature is None else job.curvature.found.get(ref)
         parts = method.solve(LayerProblem(target, hessian, spec, damping, generator, metric))
-    if ref.name not in packed:
-        packed[ref.name] = packed_like(job.model, ref.name, spec)
-    module = packed[ref.name]
+    kind = FORMATS.get(spec.format)
     if job.latents is not None and ref.expert is None:
-        job.latents[ref.name] = latents_of(parts, module.format.assemble, target)
-    tensors = {k: v.to(target.device) for k, v in module.format.pack(parts, spec).items()}
-    shipped = module.format.dequantize(tensors, spec, ref.out_features, ref.in_features, torch.float32)
-    if isinstance(module, QepExpertWeight):
-        module.load_packed_expert(ref.expert, tensors)
-    else:
-        module.load_packed(tensors)
-        _set_bias(job, ref, module, shipped, moments, corrected=strength > 0)
-    job.report.layers.append(
-        LayerReport(
-            name=ref.name,
-            expert=ref.expert,
-            out_features=ref.out_features,
-            in_features=ref.in_features,
-            spec=asdict(spec),
-            stored_bits=module.format.stored_bits(spec, ref.out_features, ref.in_features),
-            error=weighted_error(shipped, target, hessian).item() / max(energy(target, hessian).item(), 1e-30),
-            tokens=moments.count,
-            propagation=strength,
-            exempt=group.exempt,
-        )
+        job.latents[ref.name] = latents_of(parts, kind.assemble, target)
+    tensors = {k: v.to(target.device) for k, v in kind.pack(parts, spec).items()}
+    shipped = kind.dequantize(tensors, spec, ref.out_features, ref.in_features, torch.float32)
+    report = LayerReport(
+        name=ref.name,
+        expert=ref.expert,
+        out_features=ref.out_features,
+        in_features=ref.in_features,
+        spec=asdict(spec),
+        stored_bits=kind.stored_bits(spec, ref.out_features, ref.in_features),
+        error=weighted_error(shipped, target, hessian).item() / max(energy(target, hessian).item(), 1e-30),
+        tokens=moments.count,
+        propagation=strength,
+        exempt=group.exempt,
     )
+    bias = None if ref.expert is not None else _bias(job, ref, shipped, moments, corrected=strength > 0)
+    return Solved(tensors, bias, report)
+
+
+def _put_in(job: Job, group: Group, solved: Mapping[LinearRef, Solved]) -> None:
+    """Put packed linears into the model in the place of the float ones."""
+    packed: dict[str, PackedTensors] = {}
+    for ref in group.linears:
+        if ref.name not in packed:
+            packed[ref.name] = packed_like(job.model, ref.name, job.recipes[ref].spec)
+        module, found = packed[ref.name], solved[ref]
+        if isinstance(module, QepExpertWeight):
+            module.load_packed_expert(ref.expert, found.tensors)
+        else:
+            module.load_packed(found.tensors)
+        if found.bias is not None:
+            module.bias.data.copy_(found.bias)
+        job.report.layers.append(found.report)
+    for name, module in packed.items():
+        replace_module(job.model, name, module)
 
 
 def _target(job: Job, ref: LinearRef, moments: Moments, hessian: Tensor, *, strength: float, damping: float) -> Tensor:
@@ -294,11 +328,11 @@ def _takes_up_mean(job: Job, ref: LinearRef) -> bool:
     return job.config.bias_correction and ref.expert is None and get_bias(job.model, ref) is not None
 
 
-def _set_bias(job: Job, ref: LinearRef, module: Any, shipped: Tensor, moments: Moments, *, corrected: bool) -> None:
-    """Copy the bias; with bias correction also move the mean output error into it."""
+def _bias(job: Job, ref: LinearRef, shipped: Tensor, moments: Moments, *, corrected: bool) -> Tensor | None:
+    """The bias; with bias correction the mean output error is moved into it."""
     bias = get_bias(job.model, ref)
     if bias is None:
-        return
+        return None
     new = bias.float()
     if _takes_up_mean(job, ref):
         mean, weight = moments.mean_quantized(), get_weight(job.model, ref).float()
@@ -306,4 +340,4 @@ def _set_bias(job: Job, ref: LinearRef, module: Any, shipped: Tensor, moments: M
         if corrected:
             summed = moments.has_output_gap
             new = new + (moments.mean_gap() if summed else weight @ (moments.mean_float() - mean))
-    module.bias.data.copy_(new)
+    return new

@@ -10,8 +10,10 @@ import torch
 
 from hf_qep.config import QepConfig
 from hf_qep.engine.manifest import versions
+from hf_qep.engine.processes import Processes
 from hf_qep.engine.shards import Shards, digests_of
 from hf_qep.engine.source import snapshot_revision
+from hf_qep.errors import ConfigError
 from hf_qep.progress import SILENT, Progress
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -40,6 +42,23 @@ def job_parts(
         },
         "code": {name: version for name, version in versions().items() if name in _LIBRARIES} | {"hf_qep": _code()},
     }
+
+
+def check_alike(processes: Processes, config: QepConfig, folder: Path) -> None:
+    """Raise ConfigError, on all of them, unless all processes have the same recipe, code and files by size."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    own = {
+        "recipe": {key: value for key, value in config.to_dict().items() if key != "layers"},
+        "sizes of the model's files": {path.name: path.stat().st_size for path in files},
+        "number of threads": torch.get_num_threads(),
+        "versions": versions(),
+        "code of hf_qep": _code() if processes.count > 1 else "",
+    }
+    for index, other in enumerate(found := processes.gather(own)):
+        if unequal := [name for name in own if other[name] != found[0][name]]:
+            raise ConfigError(
+                f"process {index} of {processes.count} has another {unequal[0]} than process 0; give all the same"
+            )
 
 
 def _code() -> str:

@@ -25,9 +25,11 @@ from hf_qep.engine.calibration import Calibration, advise
 from hf_qep.engine.curvature import OutputCurvature
 from hf_qep.engine.distillation import distill_model
 from hf_qep.engine.masks import padding_mask
+from hf_qep.engine.processes import Processes
 from hf_qep.engine.recipes import Recipe, uniform_recipes
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.engine.residence import Residence, align_outside
+from hf_qep.engine.shares import Shares, check_shared, why_alone
 from hf_qep.engine.streams import ROOM_BYTES, StreamStore
 from hf_qep.engine.tables import quantize_tables
 from hf_qep.engine.tuning import TuningData, rows_per_step
@@ -50,6 +52,7 @@ def quantize_model(
     stream_folder: Path | None = None,
     stored_as: torch.dtype | None = None,
     residence: Residence | None = None,
+    processes: Processes | None = None,
 ) -> QuantizationReport:
     """Quantise the linears of a transformers model, and its tables if asked, in place.
 
@@ -58,6 +61,7 @@ def quantize_model(
     stream_budget: bytes of activations kept in memory; the rest goes to files under stream_folder.
     stored_as: dtype in the files of what stays float, if it is another one than now; only `max_memory` asks for it.
     residence: where the weights of the blocks are, see `engine.residence`; default: in memory, before and after.
+    processes: those that do it together, all with the same arguments; all end with the same model. Default: one.
     Raises AlreadyQuantizedError, ArchitectureError, BitsError, ConfigError, IllConditionedError, NonFiniteError. The
     model is unusable if an error comes after the first block.
     """
@@ -67,6 +71,9 @@ def quantize_model(
     model.eval()
     rows = min(rows_per_step(calibration.inputs), config.batch_size)  # of a step of training
     batches = calibration.batches(rows if config.tune_epochs else config.batch_size)
+    processes = processes or Processes()
+    check_shared(processes, why_alone(config))
+    shares = Shares(processes, len(batches))
     structure = residence.describe(model, _sample(batches[0]), config.skip_modules or ())
     align_outside(model, structure)
     tables = find_tables(model, config)
@@ -74,17 +81,10 @@ def quantize_model(
     report = QuantizationReport(skipped=dict(structure.skipped), calibration=dict(calibration.description))
     with StreamStore(stream_budget, stream_folder) as store, forward_only(model), eager_experts(model):
         early = _wants_teacher_first(config, bool(tables) and not residence.rereads)
-        job = _begin(model, structure, tables, batches, config, store, report, recipes, budget, early=early)
+        job = _begin(model, structure, tables, batches, shares, config, store, report, recipes, budget, early=early)
         if config.output_curvature:
             job.curvature = OutputCurvature(structure, batches, config.damping)
-        done = residence.resume(job, structure)
-        with progress.bar("quantising", total=len(structure.blocks), unit="block") as bar:
-            bar.advance(done)
-            for index in range(done, len(structure.blocks)):
-                with residence.holding(model, structure.blocks[index]):
-                    quantize_block(job, index, structure.blocks[index])
-                    residence.finished(job, index, structure.blocks[index])
-                bar.advance(1, detail=f"error {report.layers[-1].error:.3f}")
+        _walk(job, structure, residence, progress)
         if config.distill_epochs:
             with report.timed("teacher"):
                 job.teacher = job.teacher or residence.teacher(job, structure, batches)
@@ -99,11 +99,25 @@ def quantize_model(
     return report
 
 
+def _walk(job: Job, structure: Structure, residence: Residence, progress: Progress) -> None:
+    """Quantise all blocks, or those behind the ones that were done before."""
+    done, count = residence.resume(job, structure), len(structure.blocks)
+    with progress.bar("quantising", total=count, unit="block") as bar:
+        bar.advance(done)
+        for index in range(done, count):
+            job.shares.processes.doing = f"in block {index + 1} of {count}"
+            with residence.holding(job.model, structure.blocks[index]):
+                quantize_block(job, index, structure.blocks[index])
+                residence.finished(job, index, structure.blocks[index])
+            bar.advance(1, detail=f"error {job.report.layers[-1].error:.3f}")
+
+
 def _begin(
     model: Any,
     structure: Structure,
     tables: Sequence[Table],
     batches: list[dict[str, torch.Tensor]],
+    shares: Shares,
     config: QepConfig,
     store: StreamStore,
     report: QuantizationReport,
@@ -113,9 +127,10 @@ def _begin(
     early: bool,
 ) -> Job:
     """Both streams at the first block, and if `early` what the float model says, all before a linear is changed."""
-    floats, quantized = store.stream(), store.stream()
+    floats, quantized, sample = store.stream(), store.stream(), _sample(batches[0])
+    batches = [batches[number] for number in shares.own]
     inputs = block_inputs(model, structure, batches, floats.append)
-    _warn(report, advise(floats.tokens, _widest(structure)))
+    _warn(report, advise(shares.total(floats.tokens), _widest(structure)))
     if budget is not None:
         with report.timed("allocate"):
             inputs.first_hidden = list(floats.all(model.device))
@@ -123,13 +138,13 @@ def _begin(
             inputs.first_hidden.clear()
     teacher = take_teacher(model, batches) if early else None
     if tables:  # the quantised stream starts from what will be stored
-        quantize_tables(model, tables, _sample(batches[0]), report, structure)
+        quantize_tables(model, tables, sample, report, structure)
         block_inputs(model, structure, batches, quantized.append)
     else:
         for hidden in floats.all(model.device):
             quantized.append(hidden)
     masks = [padding_mask(batch) for batch in batches]
-    job = Job(model, config, inputs, floats, quantized, store, report, masks, recipes, teacher=teacher)
+    job = Job(model, config, inputs, floats, quantized, store, report, masks, recipes, teacher=teacher, shares=shares)
     if config.tune_epochs:
         job.tuning = TuningData(structure, batches)
     if config.tune_epochs or job.distills_signs:

@@ -20,6 +20,7 @@ from hf_qep.engine.block import Job
 from hf_qep.engine.on_demand import BlockWeights, forget_weights
 from hf_qep.engine.report import BlockTuning, LayerReport
 from hf_qep.engine.residence import Residence, align
+from hf_qep.engine.shared_streams import restore_stream, save_stream
 from hf_qep.engine.unfinished import Unfinished
 from hf_qep.errors import ArchitectureError
 from hf_qep.modules import cast_weights, packed_like, replace_module
@@ -35,6 +36,8 @@ class Streaming(Residence):
     trains: the packed model trains as a whole at the end; its blocks are in memory then, and stay there.
     stored_as: dtype in the files of what stays float, if the model computes in another one.
     probe: a few tokens as inputs of the model. What the finished model answers to them is in `answer` at the end.
+
+    Of several processes the first one writes; the others hand it their part of the streams.
     """
 
     rereads = True
@@ -50,6 +53,7 @@ class Streaming(Residence):
     ) -> None:
         self._blocks, self._unfinished, self._probe, self._trains = blocks, job, probe, trains
         self._stored_as = None if trains else stored_as
+        self._writes = True
         self.answer: Tensor | None = None
         """(rows, ...) float32: the first output, unless the model trains."""
 
@@ -71,19 +75,19 @@ class Streaming(Residence):
 
     def resume(self, job: Job, structure: Structure) -> int:
         """See `Residence.resume`."""
-        self._structure = structure
+        self._structure, shares = structure, job.shares
+        self._writes = shares.processes.first
         self._calls = block_inputs(job.model, structure, [self._probe])
         self._hidden = self._calls.first_hidden.pop()
-        written, shards = self._unfinished.check_room(*_sizes(job)), self._blocks.shards
-        one_disk = self._unfinished.folder.stat().st_dev == shards.folder.stat().st_dev
-        found = self._unfinished.latest()
-        shards.begin(0 if found is None else found[0], written if one_disk else 0)
+        sizes = _sizes(job)
+        found = shares.processes.from_first(lambda: self._found(*sizes))
         if found is None:
             return 0
         done, folder, state = found
         for name, attribute in STREAMS.items():
-            getattr(job, attribute).restore(folder / f"{name}.safetensors")
-        self._hidden = load_file(folder / "probe.safetensors")["hidden"].to(job.model.device)
+            restore_stream(shares, getattr(job, attribute), folder / f"{name}.safetensors")
+        if self._writes:
+            self._hidden = load_file(folder / "probe.safetensors")["hidden"].to(job.model.device)
         report = state["report"]
         job.report.layers += [LayerReport(**layer) for layer in report["layers"]]
         job.report.tuning += [BlockTuning(**block) for block in report["tuning"]]
@@ -94,6 +98,13 @@ class Streaming(Residence):
             forget_weights(job.model.get_submodule(block.name))
         return done
 
+    def _found(self, packed: int, state: int) -> tuple[int, Path, dict[str, Any]] | None:
+        written, shards = self._unfinished.check_room(packed, state), self._blocks.shards
+        one_disk = self._unfinished.folder.stat().st_dev == shards.folder.stat().st_dev
+        found = self._unfinished.latest()
+        shards.begin(0 if found is None else found[0], written if one_disk else 0)
+        return found
+
     @contextmanager
     def holding(self, model: nn.Module, block: Block) -> Iterator[None]:
         """See `Residence.holding`."""
@@ -102,6 +113,9 @@ class Streaming(Residence):
 
     def finished(self, job: Job, index: int, block: Block) -> None:
         """See `Residence.finished`."""
+        if not self._writes:
+            self._save_streams(job, None)
+            return
         with job.timed("store"):
             module = job.model.get_submodule(block.name)
             if self._stored_as is not None:  # what the files cannot hold is dropped before it is used
@@ -115,10 +129,13 @@ class Streaming(Residence):
             call = self._calls.call(index, 0, self._hidden.device)
             self._hidden = run_block(job.model, block, self._hidden, call)
         with self._unfinished.keep_state(index + 1, {"report": job.report.to_dict()}) as folder:
-            for name, attribute in STREAMS.items():
-                getattr(job, attribute).save(folder / f"{name}.safetensors")
+            self._save_streams(job, folder)
             save_file({"hidden": self._hidden.cpu().contiguous()}, folder / "probe.safetensors")
         self._blocks.shards.durable(index + 1)
+
+    def _save_streams(self, job: Job, folder: Path | None) -> None:
+        for name, attribute in STREAMS.items():
+            save_stream(job.shares, getattr(job, attribute), folder and folder / f"{name}.safetensors")
 
     def float_rest(self, model: Any) -> Any:
         """See `Residence.float_rest`."""
@@ -139,13 +156,14 @@ class Streaming(Residence):
         if self._trains:
             return
         last = len(self._structure.blocks) - 1
-        self.answer = forward_rest(model, self._structure, last, self._hidden, self._probe)[0].float()
+        if self._writes:
+            self.answer = forward_rest(model, self._structure, last, self._hidden, self._probe)[0].float()
 
 
 def _sizes(job: Job) -> tuple[int, int]:
     """Bytes of all packed linears, and of what is kept of the streams behind a block."""
     packed = sum(recipe.stored_bits(*ref.shape) for ref, recipe in job.recipes.items()) // 8
-    return packed, sum(getattr(job, attribute).bytes for attribute in STREAMS.values())
+    return packed, job.shares.total(sum(getattr(job, attribute).bytes for attribute in STREAMS.values()))
 
 
 def _routed(model: nn.Module) -> bool:

@@ -95,6 +95,10 @@ class Stream:
         """Of all batches together."""
         return sum(kept.like.bytes for kept in self._kept)
 
+    def like(self, index: int) -> Described:
+        """What the tensor of one batch is like."""
+        return self._kept[index].like
+
     def append(self, tensor: Tensor) -> None:
         """Store the next batch."""
         self._kept.append(self._store.keep(tensor))

@@ -215,7 +215,10 @@ class Unfinished:
         beside = [path for path in self.out.parent.iterdir() if path.name.endswith(".partial")]
         half += [path for path in beside if path.name.startswith(f".{self.out.name}.")]
         for path in half:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():  # activations of another process may go at the same time
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
     def _compare(self, then: dict[str, Any], now: dict[str, Any]) -> None:
         before, after = dict(_flat(then)), dict(_flat(json.loads(json.dumps(now))))

@@ -16,6 +16,7 @@ from hf_qep.engine.plan import training_memory
 from hf_qep.engine.planning.output import OutputPlan
 from hf_qep.engine.planning.sketch import BlockSketch, GroupSketch, Sketch
 from hf_qep.engine.residence import why_in_memory
+from hf_qep.engine.shares import waiting_bytes
 from hf_qep.engine.streams import ROOM_BYTES, room_bytes
 from hf_qep.engine.tables import PANEL_WEIGHTS
 from hf_qep.engine.unfinished import KEPT
@@ -87,8 +88,9 @@ def job_memory(
     room = stream_room
     if room is None:
         room = ROOM_BYTES if free is None or not streaming else room_bytes(free)
-    spilled = max(0, streams + left - room)
-    host = {"interpreter and libraries": process, "activations": min(streams + left, room)}
+    kept = streams + left + _waiting(sketch, recipe)
+    spilled = max(0, kept - room)
+    host = {"interpreter and libraries": process, "activations": min(kept, room)}
     moments = _moments(sketch, output, recipe, workspace, streaming)
     if on_gpu:
         vram = _largest(moments)
@@ -134,14 +136,25 @@ def group_bytes(group: GroupSketch, recipe: QepConfig, workspace: Workspace, obs
     """Moments of a group, and what is held beside them: what observing takes, or then the workspace of a linear."""
     method = "sign" if recipe.method == AUTO else recipe.method
     space = max(workspace(method, ref.out_features, ref.in_features) for ref in group.linears)
+    if group.linears[0].expert is not None:
+        space += 2 * FLOAT32 * group.in_features**2  # the mean of all moments, and the mix of an expert
+    return moment_bytes(group, recipe) + max(observing, space)
+
+
+def moment_bytes(group: GroupSketch, recipe: QepConfig) -> int:
+    """Moments of a group; experts have one each."""
     square = FLOAT32 * group.in_features**2
-    if group.linears[0].expert is not None:  # a moment for each; then their mean, and the mix of an expert
-        return square * len(group.linears) + max(observing, 2 * square + space)
+    if group.linears[0].expert is not None:
+        return square * len(group.linears)
     if group.exempt or not recipe.propagation:
-        gap = 0
-    else:
-        gap = FLOAT32 * group.linears[0].out_features * group.in_features if _summed(group, recipe) else square
-    return square + gap + max(observing, space)
+        return square
+    return square + (FLOAT32 * group.linears[0].out_features * group.in_features if _summed(group, recipe) else square)
+
+
+def _waiting(sketch: Sketch, recipe: QepConfig) -> int:
+    """Sums of some rows that wait with the activations while others grow."""
+    groups = (group for block in sketch.blocks for group in block.groups)
+    return max((waiting_bytes(moment_bytes(group, recipe)) for group in groups), default=0)
 
 
 def _summed(group: GroupSketch, recipe: QepConfig) -> bool:
