@@ -39,6 +39,9 @@ from hf_qep.methods.problem import LayerProblem
 from hf_qep.modules import PackedTensors, QepExpertWeight, packed_like, replace_module
 from hf_qep.registry import FORMATS, METHODS
 
+ERROR_ROWS = 1024
+"""Rows of a linear whose error is reported: all, or at least so many at equal distances."""
+
 
 @dataclass
 class Job:
@@ -276,8 +279,11 @@ def _solve_linear(job: Job, group: Group, ref: LinearRef, moments: Moments, pool
     kind = FORMATS.get(spec.format)
     if job.latents is not None and ref.expert is None:
         job.latents[ref.name] = latents_of(parts, kind.assemble, target)
-    tensors = {k: v.to(target.device) for k, v in kind.pack(parts, spec).items()}
-    shipped = kind.dequantize(tensors, spec, ref.out_features, ref.in_features, torch.float32)
+    with job.timed("pack"):
+        tensors = {k: v.to(target.device) for k, v in kind.pack(parts, spec).items()}
+        shipped = kind.dequantize(tensors, spec, ref.out_features, ref.in_features, torch.float32)
+    with job.timed("error"):
+        error = _relative_error(shipped, target, hessian)
     report = LayerReport(
         name=ref.name,
         expert=ref.expert,
@@ -285,13 +291,25 @@ def _solve_linear(job: Job, group: Group, ref: LinearRef, moments: Moments, pool
         in_features=ref.in_features,
         spec=asdict(spec),
         stored_bits=kind.stored_bits(spec, ref.out_features, ref.in_features),
-        error=weighted_error(shipped, target, hessian).item() / max(energy(target, hessian).item(), 1e-30),
+        error=error,
         tokens=moments.count,
         propagation=strength,
         exempt=group.exempt,
     )
     bias = None if ref.expert is not None else _bias(job, ref, shipped, moments, corrected=strength > 0)
     return Solved(tensors, bias, report)
+
+
+def _relative_error(shipped: Tensor, target: Tensor, hessian: Tensor) -> float:
+    """Of rows at equal distances: of all rows of a wide linear it would take a quarter of the time of the rest."""
+    rows = error_rows(len(target))
+    shipped, target = shipped[rows], target[rows]
+    return weighted_error(shipped, target, hessian).item() / max(energy(target, hessian).item(), 1e-30)
+
+
+def error_rows(out_features: int) -> slice:
+    """Rows of a linear whose error is reported."""
+    return slice(None, None, max(1, out_features // ERROR_ROWS))
 
 
 def _put_in(job: Job, group: Group, solved: Mapping[LinearRef, Solved]) -> None:

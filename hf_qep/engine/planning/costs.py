@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from hf_qep.config import AUTO, QepConfig
+from hf_qep.engine.block import error_rows
 from hf_qep.engine.plan import FACTORISATIONS, SOLVER_PRODUCTS, training_operations
 from hf_qep.engine.planning.memory import FLOAT32
 from hf_qep.engine.planning.sketch import BlockSketch, GroupSketch, Sketch
@@ -181,6 +182,8 @@ def _block_seconds(
                 found["correct"] += table.seconds("correct", width, correcting_operations(*ref.shape))
             phase = f"solve.{method}" if f"solve.{method}" in table.phases else "solve.sign"
             found["solve"] += table.seconds(phase, width, solver_operations(method, *ref.shape))
+            reported = len(range(ref.out_features)[error_rows(ref.out_features)])
+            found["error"] += table.seconds("float.float32", width, 4.0 * reported * ref.in_features**2)
     found["advance"] += behind
     passes = 2 + sum(group.linears[0].expert is None for group in block.groups[1:])
     attention = 4.0 * tokens * recipe.seq_len * sketch.query_width / 2
