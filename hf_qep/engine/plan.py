@@ -210,11 +210,13 @@ def _solving_operations(linears: Sequence[LinearRef], weights: int, tokens: int,
 
 def training_operations(weights: int, head: int, blocks: int, tokens: int, recipe: QepConfig) -> float:
     """Forward and backward from each block to where its loss is taken, then through the whole model in each epoch of
-    distillation. weights, head: numbers of weights in the blocks and in the head."""
+    distillation, where blocks go forward twice unless signs train. weights, head: numbers of weights in the blocks and
+    in the head."""
     whole = recipe.tune_lookahead is None
     ahead = (blocks + 1) / 2 if whole else min(recipe.tune_lookahead + 1, blocks)
-    passes = recipe.tune_epochs * (weights * ahead + head * blocks * whole) + recipe.distill_epochs * (weights + head)
-    return 6.0 * tokens * passes
+    tuning = recipe.tune_epochs * (weights * ahead + head * blocks * whole)
+    again = 1.0 if recipe.trains_signs(weights) else 4 / 3
+    return 6.0 * tokens * (tuning + recipe.distill_epochs * (weights * again + head))
 
 
 def _workspace(linears: Sequence[LinearRef], tokens: int, blocks: int, dtype: torch.dtype) -> int:

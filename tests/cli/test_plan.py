@@ -50,7 +50,7 @@ def test_tables_say_what_fits_and_what_would(folder):
         "together",
     ):
         assert words in result.stdout
-    assert "distill_epochs 2 trains all layers together" in result.stdout
+    assert "distill_epochs 2 trains all signs together" in result.stdout
     assert "driver" in result.stderr and run("plan", folder, "--quiet").stderr == ""
 
 

@@ -133,11 +133,18 @@ def test_command_a_with_a_float_embedding_is_told_to_round_it():
     assert any(list(s.changes) == ["contexts"] for s in decoding.suggestions)
 
 
-def test_reading_block_by_block_takes_a_fraction_and_training_needs_all():
-    fast, balanced = (planner(command_a()).plan(Request({"effort": e})) for e in ("fast", "balanced"))
-    assert fast.on_cpu.streaming and fast.on_cpu.ram.bytes < fast.whole.ram.bytes / 2
-    assert not balanced.on_cpu.streaming and "distill_epochs 2" in balanced.on_cpu.why
-    assert balanced.on_cpu.ram.bytes >= balanced.sketch.float_bytes
+def test_reading_block_by_block_takes_a_fraction_and_training_signs_needs_all():
+    recipes = ({"effort": "fast"}, {"effort": "balanced"}, {"effort": "balanced", "distill_signs": True})
+    fast, balanced, signs = (planner(command_a()).plan(Request(recipe)) for recipe in recipes)
+    for streamed in (fast, balanced):
+        assert streamed.on_cpu.streaming and streamed.on_cpu.ram.bytes < streamed.whole.ram.bytes / 2
+    assert not signs.on_cpu.streaming and "distill_epochs 2" in signs.on_cpu.why
+    assert signs.on_cpu.ram.bytes >= signs.sketch.float_bytes
+
+
+def test_command_a_is_quantised_on_a_card_of_24_gigabytes():
+    plan = planner(command_a()).plan(Request(FAST | {"embedding_bits": 4}))
+    assert plan.on_gpu.streaming and plan.on_gpu.vram.bytes <= 24e9
 
 
 # ---- memory, disk and time ----
