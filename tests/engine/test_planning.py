@@ -179,7 +179,7 @@ def test_seconds_come_from_the_table_and_grow_with_tokens_depth_and_width():
         return planner(config, torch.float32).plan(request).seconds.phases
 
     base = seconds()
-    assert set(base) == {"float pass", "observe", "correct", "solve", "advance", "attention", "read", "write"}
+    assert set(base) == {"float pass", "observe", "correct", "solve", "error", "advance", "attention", "read", "write"}
     assert seconds(depth=2)["solve"] == pytest.approx(2 * base["solve"])
     assert seconds(samples=16)["observe"] == pytest.approx(2 * base["observe"])
     assert seconds(samples=16)["solve"] == base["solve"]
