@@ -25,8 +25,8 @@ import torch
 
 from hf_qep.cli.job import stream_and_save
 from hf_qep.config import QepConfig
-from hf_qep.engine.launch import joined
 from hf_qep.engine.on_demand import load_on_demand
+from hf_qep.engine.together.launch import joined
 from hf_qep.files import sha256
 
 HEAD_SIZE, VOCABULARY, LENGTH = 64, 256, 256

@@ -21,12 +21,12 @@ from hf_qep.engine.fingerprint import check_alike, job_parts
 from hf_qep.engine.job import quantize_model
 from hf_qep.engine.manifest import build_manifest
 from hf_qep.engine.on_demand import BlockWeights, free_memory
-from hf_qep.engine.processes import Processes
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.engine.shards import Shards
 from hf_qep.engine.source import licence_of, snapshot_revision
 from hf_qep.engine.streaming import Streaming
 from hf_qep.engine.streams import ROOM_BYTES, room_bytes
+from hf_qep.engine.together.processes import Processes
 from hf_qep.engine.unfinished import Unfinished
 from hf_qep.engine.writer import save_checkpoint
 from hf_qep.errors import CheckpointError, DiskSpaceError

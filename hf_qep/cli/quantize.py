@@ -18,7 +18,7 @@ from hf_qep.progress import Progress
 if TYPE_CHECKING:
     from hf_qep.cli.job import Saved
     from hf_qep.config import QepConfig
-    from hf_qep.engine.processes import Processes
+    from hf_qep.engine.together.processes import Processes
 
 CALIBRATION_HELP = (
     "Calibration text: a txt, jsonl, csv or parquet file (file:column), a Hub data set (id:config:split:column) or a "
@@ -99,7 +99,7 @@ def quantize_command(
     recipe = {name: value for name, value in locals().items() if name in RECIPE} | {"skip_modules": skip}
     room = None if stream_room is None else parse_size(stream_room, zero=True)
     check_output(out, overwrite=overwrite or resume)  # before the seconds that the imports below take
-    from hf_qep.engine.launch import joined, own_device
+    from hf_qep.engine.together.launch import joined, own_device
 
     began = time.monotonic()
     place, compute_as = own_device(to_device(device)), to_dtype(dtype)
@@ -141,7 +141,7 @@ def _quantize(
     from hf_qep.cli.job import quantize_and_save, stream_and_save
     from hf_qep.config import EFFORTS, QepConfig
     from hf_qep.engine.plan import count_operations
-    from hf_qep.engine.shares import check_shared, why_alone
+    from hf_qep.engine.together.shares import check_shared, why_alone
     from hf_qep.engine.unfinished import Unfinished
 
     config, unfinished, processes = QepConfig(**recipe), Unfinished(out), saving["processes"]
@@ -188,9 +188,9 @@ def _open(
 
     options: of `open_shards`.
     """
-    from hf_qep.engine.hub_shards import open_shards
     from hf_qep.engine.on_demand import load_on_demand
     from hf_qep.engine.plan import weights_to_quantize
+    from hf_qep.engine.remote.shards import open_shards
     from hf_qep.engine.residence import why_in_memory
     from hf_qep.engine.source import load_float_model, resolve_model, snapshot_revision
     from hf_qep.errors import ArchitectureError, ConfigError

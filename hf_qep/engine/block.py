@@ -30,8 +30,8 @@ from hf_qep.engine.masks import without_padding
 from hf_qep.engine.recipes import Recipe
 from hf_qep.engine.report import LayerReport, QuantizationReport
 from hf_qep.engine.seeds import layer_seed
-from hf_qep.engine.shares import Shares, Sums
 from hf_qep.engine.streams import Stream, StreamStore
+from hf_qep.engine.together.shares import Shares, Sums
 from hf_qep.engine.tuning import TuningData, tune_block
 from hf_qep.errors import ArchitectureError, NonFiniteError
 from hf_qep.heaps import trim_heaps

@@ -10,9 +10,9 @@ import torch
 
 from hf_qep.config import QepConfig
 from hf_qep.engine.manifest import versions
-from hf_qep.engine.processes import Processes
 from hf_qep.engine.shards import Shards, digests_of
 from hf_qep.engine.source import snapshot_revision
+from hf_qep.engine.together.processes import Processes
 from hf_qep.errors import ConfigError
 from hf_qep.progress import SILENT, Progress
 

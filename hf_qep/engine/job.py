@@ -25,13 +25,13 @@ from hf_qep.engine.calibration import Calibration, advise
 from hf_qep.engine.curvature import OutputCurvature
 from hf_qep.engine.distillation import distill_model
 from hf_qep.engine.masks import padding_mask
-from hf_qep.engine.processes import Processes
 from hf_qep.engine.recipes import Recipe, uniform_recipes
 from hf_qep.engine.report import QuantizationReport
 from hf_qep.engine.residence import Residence, align_outside
-from hf_qep.engine.shares import Shares, check_shared, why_alone
 from hf_qep.engine.streams import ROOM_BYTES, StreamStore
 from hf_qep.engine.tables import quantize_tables
+from hf_qep.engine.together.processes import Processes
+from hf_qep.engine.together.shares import Shares, check_shared, why_alone
 from hf_qep.engine.tuning import TuningData, rows_per_step
 from hf_qep.errors import AlreadyQuantizedError, ArchitectureError
 from hf_qep.modules import QepExpertWeight, packed_modules

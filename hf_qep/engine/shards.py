@@ -15,7 +15,7 @@ from hf_qep.progress import SILENT, Progress
 
 
 class Shards:
-    """Weight files that lie in a folder, all of them, and stay there. `engine.hub_shards` has those of the Hub.
+    """Weight files that lie in a folder, all of them, and stay there. `engine.remote.shards` has those of the Hub.
 
     Blocks have numbers here, in the order in which they run.
     """

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_qep.engine.headers import MANIFEST, MAX_DIMENSION, TensorEntry, check_links, read_headers, read_json
-from hf_qep.engine.hub_errors import explained
+from hf_qep.engine.remote.errors import explained
 from hf_qep.errors import AlreadyQuantizedError, CheckpointError, DiskSpaceError, NonFiniteError
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]

@@ -20,7 +20,7 @@ from hf_qep.engine.block import Job
 from hf_qep.engine.on_demand import BlockWeights, forget_weights
 from hf_qep.engine.report import BlockTuning, LayerReport
 from hf_qep.engine.residence import Residence, align
-from hf_qep.engine.shared_streams import restore_stream, save_stream
+from hf_qep.engine.together.streams import restore_stream, save_stream
 from hf_qep.engine.unfinished import Unfinished
 from hf_qep.errors import ArchitectureError
 from hf_qep.modules import cast_weights, packed_like, replace_module

@@ -20,7 +20,7 @@ SMALL = ("--num-samples", 4, "--seq-len", 16, "--method", "rtn", "--effort", "fa
 KILLED_BEHIND_A_BLOCK = """
 import os, signal, sys
 from hf_qep.cli import app
-from hf_qep.engine.hub_shards import HubShards
+from hf_qep.engine.remote.shards import HubShards
 durable = HubShards.durable
 def die(shards, done):
     if done == 2:

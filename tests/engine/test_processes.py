@@ -16,7 +16,7 @@ import torch
 from torch.distributed import TCPStore
 
 from hf_qep.cli import app
-from hf_qep.engine.launch import joined, launched, own_device
+from hf_qep.engine.together.launch import joined, launched, own_device
 from hf_qep.engine.unfinished import Unfinished
 from hf_qep.errors import ConfigError, NonFiniteError
 from tests.clean_process import exit_codes

@@ -16,13 +16,13 @@ from hf_qep.algorithms import moments as moments_module
 from hf_qep.algorithms.moments import Moments
 from hf_qep.architectures.parts import Group, LinearRef
 from hf_qep.config import QepConfig
-from hf_qep.engine import shares as shares_module
 from hf_qep.engine.calibration import Calibration
 from hf_qep.engine.job import quantize_model
-from hf_qep.engine.processes import Processes
-from hf_qep.engine.shared_streams import restore_stream, save_stream
-from hf_qep.engine.shares import SHARES, Shares, share_out, waiting_bytes
 from hf_qep.engine.streams import StreamStore
+from hf_qep.engine.together import shares as shares_module
+from hf_qep.engine.together.processes import Processes
+from hf_qep.engine.together.shares import SHARES, Shares, share_out, waiting_bytes
+from hf_qep.engine.together.streams import restore_stream, save_stream
 from hf_qep.errors import ConfigError
 from tests.tiny_models import build_batch
 

@@ -18,9 +18,9 @@ from hf_qep.engine.plan import training_memory
 from hf_qep.engine.planning.output import OutputPlan
 from hf_qep.engine.planning.sketch import BlockSketch, GroupSketch, Sketch
 from hf_qep.engine.residence import why_in_memory
-from hf_qep.engine.shares import waiting_bytes
 from hf_qep.engine.streams import ROOM_BYTES, room_bytes
 from hf_qep.engine.tables import PANEL_WEIGHTS
+from hf_qep.engine.together.shares import waiting_bytes
 from hf_qep.engine.tuning import STEP_TOKENS
 from hf_qep.engine.unfinished import KEPT
 

@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_qep.engine.headers import INDEX_FILE, SINGLE_FILE, read_headers, read_json
-from hf_qep.engine.hub_errors import explained
+from hf_qep.engine.remote.errors import explained
 from hf_qep.engine.source import check_limits, check_not_quantized
 from hf_qep.errors import CheckpointError
 

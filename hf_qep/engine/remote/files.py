@@ -17,7 +17,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 from tqdm import tqdm
 
 from hf_qep.engine.headers import TensorEntry, parse_header
-from hf_qep.engine.hub_errors import AGAIN, explained, may_pass
+from hf_qep.engine.remote.errors import AGAIN, explained, may_pass
 from hf_qep.engine.source import DOWNLOADED, NOT_DOWNLOADED
 from hf_qep.errors import QepError
 

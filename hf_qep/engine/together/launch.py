@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_qep.engine.processes import Processes, Together
+from hf_qep.engine.together.processes import Processes, Together
 from hf_qep.errors import ConfigError, LostProcessError
 
 PATIENCE = "HF_QEP_PATIENCE"

@@ -17,9 +17,12 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 
 from hf_qep.cli.job import stream_and_save
-from hf_qep.engine import assembly, hub_cache, hub_files, hub_shards, streaming, unfinished
-from hf_qep.engine.hub_shards import open_shards
+from hf_qep.engine import assembly, streaming, unfinished
 from hf_qep.engine.on_demand import load_on_demand
+from hf_qep.engine.remote import cache as hub_cache
+from hf_qep.engine.remote import files as hub_files
+from hf_qep.engine.remote import shards as hub_shards
+from hf_qep.engine.remote.shards import open_shards
 from hf_qep.engine.shards import Shards
 from hf_qep.engine.tensor_files import TensorFile
 from hf_qep.engine.unfinished import Unfinished

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_qep.engine.shares import Shares
 from hf_qep.engine.streams import Stream
 from hf_qep.engine.tensor_files import Described, TensorFile, write_tensors
+from hf_qep.engine.together.shares import Shares
 
 _CPU = torch.device("cpu")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from hf_qep.algorithms.moments import Moments
 from hf_qep.architectures.parts import Group, LinearRef
 from hf_qep.config import QepConfig
-from hf_qep.engine.processes import Processes
 from hf_qep.engine.residence import why_in_memory
 from hf_qep.engine.streams import StreamStore
+from hf_qep.engine.together.processes import Processes
 from hf_qep.errors import ConfigError
 
 SHARES = 64

@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hf_qep.engine import hub_files
 from hf_qep.engine.headers import SINGLE_FILE, TensorEntry, inside, read_header, read_weight_map
-from hf_qep.engine.hub_cache import Account, HubCache
-from hf_qep.engine.hub_errors import AGAIN
+from hf_qep.engine.remote import files as hub_files
+from hf_qep.engine.remote.cache import Account, HubCache
+from hf_qep.engine.remote.errors import AGAIN
 from hf_qep.engine.shards import Shards, digests_of
 from hf_qep.engine.source import hub_name
 from hf_qep.engine.tensor_files import TensorFile

@@ -15,9 +15,9 @@ from concurrent.futures import Future, wait
 from functools import cached_property, partial
 from pathlib import Path
 
-from hf_qep.engine import hub_files
 from hf_qep.engine.headers import read_json
-from hf_qep.engine.hub_errors import AGAIN
+from hf_qep.engine.remote import files as hub_files
+from hf_qep.engine.remote.errors import AGAIN
 from hf_qep.engine.source import snapshot_revision
 from hf_qep.errors import CheckpointError, DiskSpaceError
 from hf_qep.files import sha256, write_text_aside
