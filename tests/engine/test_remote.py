@@ -44,10 +44,12 @@ def source(tmp_path_factory, tiny_model):
 
 
 @pytest.fixture(autouse=True)
-def without_waiting(monkeypatch):
-    monkeypatch.setattr(hub_files, "PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(hub_cache, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power fails here
+def without_waiting():
+    with pytest.MonkeyPatch.context() as patch:  # not `monkeypatch`, which would then end after the Hub
+        patch.setattr(hub_files, "PAUSES", (0.0, 0.0))
+        patch.setattr(hub_cache, "LOOK_SECONDS", 0.01)
+        patch.setattr(os, "fsync", lambda descriptor: None)  # no power fails here
+        yield
 
 
 @pytest.fixture
