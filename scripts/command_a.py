@@ -123,20 +123,16 @@ def plan_command(
     name: NameArgument,
     model: ModelOption = None,
     revision: RevisionOption = None,
-    measure: Annotated[bool, typer.Option(help="Time this machine's matrix product to estimate hours.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Passed on to hf-qep plan.")] = False,
+    only_print: PrintOption = False,
 ) -> None:
     """Bytes of the result, peak memory and time of the run, from config.json alone."""
-    from transformers import AutoConfig
-
-    from hf_qep.config import QepConfig
-    from hf_qep.engine.plan import plan_quantization
-    from hf_qep.engine.planning.costs import matrix_rate
-
     recipe = find(name)
-    config = AutoConfig.from_pretrained(model or recipe.model, revision=revision or "main")
-    settings = QepConfig(bits=recipe.bits, method=recipe.method, num_samples=recipe.num_samples, seq_len=recipe.seq_len)
-    plan = plan_quantization(config, settings, rate=matrix_rate() if measure else None)
-    typer.echo(json.dumps({"model": model or recipe.model, **plan.to_dict()}, indent=2))
+    plan = ["plan", model or recipe.model, "--bits", f"{recipe.bits:g}", "--method", recipe.method, "--effort", "fast"]
+    plan += ["--num-samples", str(recipe.num_samples), "--seq-len", str(recipe.seq_len)]
+    plan += ["--revision", revision] if revision else []
+    plan += ["--json"] if as_json else []
+    carry_out([plan], only_print)
 
 
 @app.command("run")

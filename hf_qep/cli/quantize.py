@@ -140,7 +140,7 @@ def _quantize(
     the best effort would have been."""
     from hf_qep.cli.job import quantize_and_save, stream_and_save
     from hf_qep.config import EFFORTS, QepConfig
-    from hf_qep.engine.plan import count_operations
+    from hf_qep.engine.extent import count_operations
     from hf_qep.engine.together.shares import check_shared, why_alone
     from hf_qep.engine.unfinished import Unfinished
 
@@ -188,8 +188,8 @@ def _open(
 
     options: of `open_shards`.
     """
+    from hf_qep.engine.extent import weights_to_quantize
     from hf_qep.engine.on_demand import load_on_demand
-    from hf_qep.engine.plan import weights_to_quantize
     from hf_qep.engine.remote.shards import open_shards
     from hf_qep.engine.residence import why_in_memory
     from hf_qep.engine.source import load_float_model, resolve_model, snapshot_revision

@@ -23,7 +23,7 @@ from hf_qep.config import QepConfig
 from hf_qep.distill.learning import quiet_trainer, trainer_arguments
 from hf_qep.distill.teacher import Teacher
 from hf_qep.distill.trainable import BETAS, HELD_OUT, Trainable, nothing_else_trains
-from hf_qep.engine.plan import block_list
+from hf_qep.engine.extent import block_list
 from hf_qep.engine.report import Training
 from hf_qep.engine.seeds import derived_seed
 from hf_qep.modules import cast_weights, packed_modules

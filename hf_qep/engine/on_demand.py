@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from hf_qep.architectures.access import ON_DEMAND
 from hf_qep.conversion import loaded_name
-from hf_qep.engine.plan import block_list
+from hf_qep.engine.extent import block_list
 from hf_qep.engine.shards import Shards
 from hf_qep.engine.source import check_checkpoint, check_complete, check_finite, described_model, load_processor
 from hf_qep.engine.tensor_files import TensorFile

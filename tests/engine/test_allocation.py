@@ -15,7 +15,7 @@ from hf_qep.engine import allocation as allocation_module
 from hf_qep.engine.budget import choices, rest_bytes
 from hf_qep.engine.calibration import Calibration
 from hf_qep.engine.job import quantize_model
-from hf_qep.engine.plan import plan_quantization
+from hf_qep.engine.planning.output import plan_output
 from hf_qep.engine.sensitivity import output_sensitivity
 from hf_qep.errors import BitsError, NonFiniteError
 from tests.engine.test_job import state_of
@@ -161,9 +161,9 @@ def test_gradients_that_overflow_are_an_error_with_the_name_of_the_linear(monkey
 
 def test_the_plan_counts_the_budget():
     config = build_model("llama").config
-    plan = plan_quantization(config, QepConfig(method="auto", bits=1.7))
+    plan = plan_output(config, QepConfig(method="auto", bits=1.7), torch.float32)
     assert plan.bits_linear == pytest.approx(1.7, rel=1e-3)
-    limited = plan_quantization(config, QepConfig(method="auto", max_memory="60kB"))
-    assert 45_000 < limited.file_bytes <= 60_000
+    limited = plan_output(config, QepConfig(method="auto", max_memory="60kB"), torch.bfloat16)
+    assert 45_000 < limited.tensors <= 60_000
     with pytest.raises(BitsError, match="at least"):
-        plan_quantization(config, QepConfig(method="auto", bits=0.4))
+        plan_output(config, QepConfig(method="auto", bits=0.4), torch.float32)

@@ -18,7 +18,7 @@ from hf_qep.engine import job as job_module
 from hf_qep.engine import tables as tables_module
 from hf_qep.engine.calibration import Calibration
 from hf_qep.engine.job import quantize_model
-from hf_qep.engine.plan import plan_quantization
+from hf_qep.engine.planning.output import plan_output
 from hf_qep.errors import ArchitectureError, ConfigError, NonFiniteError
 from hf_qep.formats import integer
 from hf_qep.modules import QepEmbedding, QepLinear, packed_tables
@@ -150,12 +150,11 @@ def test_the_plan_counts_the_bytes_of_the_tables(family, bits):
     model, _ = made(family, embedding_bits=bits, head_bits=head)
     recipe = QepConfig(method="rtn", embedding_bits=bits, head_bits=head)
     config = build_model(family).config
-    plan, before = plan_quantization(config, recipe, dtype=model.dtype), plan_quantization(config, QepConfig())
+    plan = plan_output(config, recipe, model.dtype)
     found = bits_report(model)
-    assert plan.file_bytes == found["weight_bytes"]
+    assert plan.tensors == found["weight_bytes"]
     assert plan.table_bytes * 8 == found["bits_tables"] * found["table_weights"]
     assert plan.bits_model == pytest.approx(found["bits_model"], rel=1e-9)
-    assert not set(plan.kept) & set(packed_tables(model)) and set(before.kept) & set(packed_tables(model))
 
 
 def test_a_scaled_word_embedding_keeps_its_scale():
@@ -190,7 +189,7 @@ def test_what_cannot_be_had_is_refused_before_any_work_by_the_plan_too(family, o
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     if family in ("llama", "qwen3"):
         with pytest.raises(ConfigError, match=message):
-            plan_quantization(model.config, QepConfig(**options))
+            plan_output(model.config, QepConfig(**options), model.dtype)
 
 
 def test_tables_that_are_no_plain_tables_are_refused():

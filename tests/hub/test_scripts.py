@@ -110,7 +110,7 @@ def test_a_recipe_runs_from_plan_to_push_on_a_tiny_model_of_its_architecture(
     small = ("--num-samples", 4, "--seq-len", 16, "--tasks", "none", "--out", out)
     texts = ("--dataset", tmp_path / "text.txt", "--text", tmp_path / "text.txt")
 
-    plan = run_script(loopback_hub, "command_a.py", "plan", name, "--no-measure")
+    plan = run_script(loopback_hub, "command_a.py", "plan", name, "--json")
     assert plan.returncode == 0, plan.stderr[-2000:]
     done = run_script(loopback_hub, "command_a.py", "run", name, *small, *texts)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -135,4 +135,4 @@ def test_a_recipe_runs_from_plan_to_push_on_a_tiny_model_of_its_architecture(
     assert manifest["revision"] == base.commit("main").id
     # The plan knows the parameters that the run quantised.
     planned, found = json.loads(plan.stdout), json.loads(files["hf_qep_eval.json"])
-    assert planned["bits_linear"] == pytest.approx(found["bits"]["linear"], rel=1e-6)
+    assert planned["bits"]["bits_linear"] == pytest.approx(found["bits"]["linear"], rel=1e-6)

@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_qep.config import AUTO, QepConfig
 from hf_qep.distill.teacher import ROOM_BYTES as TEACHER_BYTES
-from hf_qep.engine.plan import training_memory
+from hf_qep.engine.extent import training_memory
 from hf_qep.engine.planning.output import OutputPlan
 from hf_qep.engine.planning.sketch import BlockSketch, GroupSketch, Sketch
 from hf_qep.engine.residence import why_in_memory

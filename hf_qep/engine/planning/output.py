@@ -17,7 +17,7 @@ from hf_qep.config import AUTO, QepConfig
 from hf_qep.conversion import settle
 from hf_qep.engine.assembly import SHARD_SIZE, split_into_files, tensors_in_files
 from hf_qep.engine.budget import bit_budget, choices
-from hf_qep.engine.plan import block_list, empty_model, quantized_linears
+from hf_qep.engine.extent import block_list, empty_model, quantized_linears
 from hf_qep.engine.recipes import Recipe, uniform_recipes
 from hf_qep.engine.tensor_files import Described, header_of
 from hf_qep.modules import PackedTensors, packed_like, replace_module

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qep.architectures.families import is_expert
 from hf_qep.architectures.parts import LinearRef
-from hf_qep.engine.plan import block_list, empty_model, quantized_linears
+from hf_qep.engine.extent import block_list, empty_model, quantized_linears
 
 META_TOKENS = 2
 
