@@ -30,7 +30,6 @@ from tests.tiny_models import CAUSAL_FAMILIES, build_batch, build_model
 
 FAMILIES = ["llama", "qwen3", "cohere2", "qwen3_moe", "gpt2", "bert", "vit"]
 FAST = {"effort": "fast"}
-WIDEST = "observing and solving the widest group"
 
 
 def command_a() -> tf.PreTrainedConfig:
@@ -161,7 +160,8 @@ def test_activations_beyond_the_room_go_to_the_disk():
     at = planner(build_model("llama").config, torch.float32)
     much, none = (at.plan(Request(FAST, stream_room=room)) for room in (1 << 40, 0))
     assert much.on_cpu.spilled == 0 and "activations" not in none.on_cpu.ram.parts
-    assert none.on_cpu.spilled == much.on_cpu.ram.parts["activations"] > stream_bytes(much.sketch, QepConfig())
+    kept = much.on_cpu.ram.parts["activations"] + much.on_cpu.ram.parts["sums that wait"]
+    assert none.on_cpu.spilled == kept > stream_bytes(much.sketch, QepConfig())
     assert none.on_cpu.disk.bytes - much.on_cpu.disk.bytes == none.on_cpu.spilled
     assert much.on_cpu.disk.parts["states to go on from"] == STATES * stream_bytes(much.sketch, QepConfig())
 
@@ -299,15 +299,24 @@ def test_room_for_activations_is_what_a_job_takes_of_the_free_memory():
     assert little.whole.spilled == 0
 
 
-def test_observing_a_group_and_its_moments_are_held_together():
+def test_what_is_held_while_a_group_is_observed_grows_with_the_tokens_of_a_batch_alone():
     config = tf.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=32
     )
 
-    def widest(batch_size):
+    def peak(batch_size):
         recipe = FAST | {"num_samples": 16, "seq_len": 256, "batch_size": batch_size, "method": "rtn"}
-        return planner(config, torch.float32).plan(Request(recipe)).on_cpu.ram.parts[WIDEST]
+        return planner(config, torch.float32).plan(Request(recipe)).on_cpu.ram
 
-    one, two = widest(4), widest(8)
-    assert widest(16) - two == pytest.approx(2 * (two - one))  # linear in tokens, beside moments that stay
-    assert 2 * one - two == pytest.approx(4 * 128 * (128 + 64))
+    one, two, four = peak(4), peak(8), peak(16)
+    assert {part.moment for part in (one, two, four)} == {"observing a group"}
+    passing = [part.parts["tokens that pass the block"] for part in (one, two, four)]
+    assert passing == [passing[0], 2 * passing[0], 4 * passing[0]]
+    assert four.bytes - two.bytes == 2 * passing[0]
+
+
+def test_weights_of_groups_that_are_done_have_gone_when_the_widest_is_solved():
+    plan = planner(command_a()).plan(Request(FAST | {"embedding_bits": 4}))
+    block = max(block.float_bytes for block in plan.sketch.blocks)
+    assert plan.on_gpu.vram.parts["a block of float weights"] < block / 3
+    assert "sums that wait" not in plan.on_gpu.vram.parts

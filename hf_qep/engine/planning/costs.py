@@ -26,7 +26,7 @@ import torch
 from hf_qep.config import AUTO, QepConfig
 from hf_qep.engine.block import error_rows
 from hf_qep.engine.extent import FACTORISATIONS, SOLVER_PRODUCTS, training_operations
-from hf_qep.engine.planning.memory import FLOAT32
+from hf_qep.engine.planning.block_memory import FLOAT32
 from hf_qep.engine.planning.sketch import BlockSketch, GroupSketch, Sketch
 from hf_qep.errors import ConfigError
 from hf_qep.kernels.processor import processor_name

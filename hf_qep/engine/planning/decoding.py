@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hf_qep.engine.planning.memory import FLOAT32, block_width
+from hf_qep.engine.planning.block_memory import FLOAT32, block_width
 from hf_qep.engine.planning.output import OutputPlan
 from hf_qep.engine.planning.sketch import Sketch
 from hf_qep.kernels.reference import PANEL_WEIGHTS

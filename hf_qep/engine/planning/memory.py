@@ -8,37 +8,29 @@ widest group, and what solving one of its linears takes. The last is measured, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_qep.config import AUTO, QepConfig
+from hf_qep.config import QepConfig
 from hf_qep.distill.teacher import ROOM_BYTES as TEACHER_BYTES
 from hf_qep.engine.extent import training_memory
+from hf_qep.engine.planning.block_memory import FLOAT32, WAITING, Parts, Workspace, block_moments, block_width
 from hf_qep.engine.planning.output import OutputPlan
-from hf_qep.engine.planning.sketch import BlockSketch, GroupSketch, Sketch
+from hf_qep.engine.planning.sketch import Sketch
 from hf_qep.engine.residence import why_in_memory
 from hf_qep.engine.streams import ROOM_BYTES, room_bytes
 from hf_qep.engine.tables import PANEL_WEIGHTS
-from hf_qep.engine.together.shares import waiting_bytes
 from hf_qep.engine.tuning import STEP_TOKENS
 from hf_qep.engine.unfinished import KEPT
 
-FLOAT32 = 4
+ACTIVATIONS = "activations"
 STATES = KEPT + 1
 """States of an unfinished job on the disk: those that are kept, and one that is being written."""
 ROUNDING_COPIES = 7
 """float32 copies of a panel while a table is rounded."""
-PASS_TENSORS = 6
-"""Tensors as wide as the stream, besides the outputs of the linears, that a block holds while it runs."""
 DENSE_COPIES, LOGIT_COPIES = 1.25, 6.5
 """float32 copies of the weights of a block, and of the logits of a step, at the peak of training scales; measured on
 models of width 256 to 1024 with 512 to 16,384 classes."""
-OBSERVED_COPIES = 3
-"""float32 copies of a group's input while its moments are taken."""
-
-Workspace = Callable[[str, int, int], float]
-"""(method, out, in) -> bytes that correcting and solving a linear takes besides its moments."""
 
 
 @dataclass(frozen=True)
@@ -90,33 +82,20 @@ def job_memory(
     """
     reason = why_in_memory(recipe, output.linear_weights)
     streaming = reason is None if whole is None else not whole
-    streams, left = stream_bytes(sketch, recipe), left_behind_bytes(sketch, recipe)
+    streams = stream_bytes(sketch, recipe)
     room = stream_room
     if room is None:
         room = ROOM_BYTES if free is None or not streaming else room_bytes(free)
-    kept = streams + left + _waiting(sketch, recipe)
-    spilled = max(0, kept - room)
-    host = {"interpreter and libraries": process, "activations": min(kept, room)}
     moments = _moments(sketch, output, recipe, workspace, streaming)
-    if on_gpu:
-        vram = _largest(moments)
-        loading = sketch.outside_bytes if streaming else sketch.float_bytes
-        block = max(block.float_bytes for block in sketch.blocks)
-        ram = _largest(
-            {
-                "loading": {"interpreter and libraries": process, "weights on their way": loading},
-                "a block": host | {"a block on its way": block if streaming else 0},
-            }
-        )
-    else:
-        vram, ram = None, _largest({name: host | parts for name, parts in moments.items()})
+    kept = max(streams + _kept(parts) for _, parts in moments)
+    ram, vram = _peaks(sketch, moments, streams, room, process, streaming=streaming, on_gpu=on_gpu)
     return JobMemory(
         streaming=streaming,
         why=(reason or "all weights are asked for at once") if not streaming else "no option needs all weights at once",
         ram=ram,
         vram=vram,
-        disk=_disk(sketch, output, streams, spilled, streaming),
-        spilled=spilled,
+        disk=_disk(sketch, output, streams, max(0, kept - room), streaming),
+        spilled=max(0, kept - room),
     )
 
 
@@ -125,79 +104,69 @@ def stream_bytes(sketch: Sketch, recipe: QepConfig) -> int:
     return 2 * recipe.num_samples * recipe.seq_len * sketch.hidden * sketch.dtype.itemsize
 
 
-def left_behind_bytes(sketch: Sketch, recipe: QepConfig) -> int:
-    """What the float pass leaves behind in a block: an activation per group that propagates errors."""
-    if not recipe.propagation:
-        return 0
-    widths = [
-        sum(
-            sketch.hidden if _summed(group, recipe) else group.in_features for group in block.groups if not group.exempt
-        )
-        for block in sketch.blocks
-    ]
-    return recipe.num_samples * recipe.seq_len * max(widths) * sketch.dtype.itemsize
-
-
-def group_bytes(group: GroupSketch, recipe: QepConfig, workspace: Workspace, observing: float) -> float:
-    """Moments of a group, and what is held beside them: what observing takes, or then the workspace of a linear."""
-    method = "sign" if recipe.method == AUTO else recipe.method
-    space = max(workspace(method, ref.out_features, ref.in_features) for ref in group.linears)
-    if group.linears[0].expert is not None:
-        space += 2 * FLOAT32 * group.in_features**2  # the mean of all moments, and the mix of an expert
-    return moment_bytes(group, recipe) + max(observing, space)
-
-
-def moment_bytes(group: GroupSketch, recipe: QepConfig) -> int:
-    """Moments of a group; experts have one each."""
-    square = FLOAT32 * group.in_features**2
-    if group.linears[0].expert is not None:
-        return square * len(group.linears)
-    if group.exempt or not recipe.propagation:
-        return square
-    return square + (FLOAT32 * group.linears[0].out_features * group.in_features if _summed(group, recipe) else square)
-
-
-def _waiting(sketch: Sketch, recipe: QepConfig) -> int:
-    """Sums of some rows that wait with the activations while others grow."""
-    groups = (group for block in sketch.blocks for group in block.groups)
-    return max((waiting_bytes(moment_bytes(group, recipe)) for group in groups), default=0)
-
-
-def _summed(group: GroupSketch, recipe: QepConfig) -> bool:
-    return bool(recipe.residual and group.writes)
-
-
 def _moments(
     sketch: Sketch, output: OutputPlan, recipe: QepConfig, workspace: Workspace, streaming: bool
-) -> dict[str, dict[str, int]]:
-    """Name of a moment -> what is held where the weights are."""
-    tables = {"weights outside the blocks": sketch.outside_bytes, "rounded tables": output.table_bytes}
-    tables["work of rounding"] = ROUNDING_COPIES * FLOAT32 * PANEL_WEIGHTS if output.table_bytes else 0
-    outside = output.tensors - sum(output.packed_blocks)
-    blocks = [
-        _block(sketch, block, packed, recipe, workspace)
-        for block, packed in zip(sketch.blocks, output.packed_blocks, strict=True)
-    ]
-    block = max(blocks, key=lambda parts: sum(parts.values()))
-    training = _training(sketch, output, recipe)
+) -> list[tuple[str, Parts]]:
+    """(moment, what is held by part); activations are those besides both streams."""
+    outside = output.tensors - sum(output.packed_blocks) if streaming else sketch.outside_bytes
+    found = []
+    for block, packed in zip(sketch.blocks, output.packed_blocks, strict=True):
+        held = {"weights outside the blocks": outside}
+        if not streaming:
+            held["weights of other blocks"] = sketch.float_bytes - sketch.outside_bytes - block.float_bytes
+        found += [(name, held | parts) for name, parts in block_moments(sketch, block, packed, recipe, workspace)]
+    if output.table_bytes:
+        tables = {"weights outside the blocks": sketch.outside_bytes, "rounded tables": output.table_bytes}
+        tables["work of rounding"] = ROUNDING_COPIES * FLOAT32 * PANEL_WEIGHTS
+        if not streaming:
+            tables["weights of all blocks"] = sketch.float_bytes - sketch.outside_bytes
+        found.append(("rounding embedding and head", tables))
+    return found + _training(sketch, output, recipe)
+
+
+def _kept(parts: Parts) -> int:
+    """Bytes that may go to the disk."""
+    return int(parts.get(ACTIVATIONS, 0) + parts.get(WAITING, 0))
+
+
+def _peaks(
+    sketch: Sketch,
+    moments: list[tuple[str, Parts]],
+    streams: int,
+    room: int,
+    process: int,
+    *,
+    streaming: bool,
+    on_gpu: bool,
+) -> tuple[Peak, Peak | None]:
+    """RAM, and memory of the GPU if there is one."""
+    of_process = {"interpreter and libraries": process}
+    there, here = [], []
+    for name, parts in moments:
+        weights = {part: size for part, size in parts.items() if part not in (ACTIVATIONS, WAITING)}
+        activations = streams + parts.get(ACTIVATIONS, 0)
+        kept = {ACTIVATIONS: min(activations, room), WAITING: min(parts.get(WAITING, 0), max(0, room - activations))}
+        there.append((name, weights))
+        here.append((name, of_process | kept | ({} if on_gpu else weights)))
+    if not on_gpu:
+        return _largest(here), None
+    arriving = sketch.outside_bytes if streaming else sketch.float_bytes
+    here.append(("loading", of_process | {"weights on their way": arriving}))
     if streaming:
-        found = {"a block": {"weights outside the blocks": outside} | block} | training
-        if output.table_bytes:
-            found["embedding and head"] = tables
-        return found
-    block |= {"a block of float weights": 0, "weights of all blocks": sketch.float_bytes - sketch.outside_bytes}
-    return {"a block": {"weights outside the blocks": sketch.outside_bytes} | block} | training
+        block = max(block.float_bytes for block in sketch.blocks)
+        here = [(name, parts | ({"a block on its way": block} if name != "loading" else {})) for name, parts in here]
+    return _largest(here), _largest(there)
 
 
-def _training(sketch: Sketch, output: OutputPlan, recipe: QepConfig) -> dict[str, dict[str, int]]:
+def _training(sketch: Sketch, output: OutputPlan, recipe: QepConfig) -> list[tuple[str, Parts]]:
     """The moment of training at the end, if there is one."""
     if not recipe.distill_epochs:
-        return {}
+        return []
     if recipe.trains_signs(output.linear_weights):
         training = training_memory(output.linear_weights, sketch.float_bytes, recipe)
     else:
         training = scale_training_bytes(sketch, output, recipe)
-    return {"training of the whole model": {"packed model": output.tensors, "training": training}}
+    return [("training of the whole model", {"packed model": output.tensors, "training": training})]
 
 
 def scale_training_bytes(sketch: Sketch, output: OutputPlan, recipe: QepConfig) -> int:
@@ -214,30 +183,6 @@ def scale_training_bytes(sketch: Sketch, output: OutputPlan, recipe: QepConfig) 
     return int(floats + handed + max(DENSE_COPIES * dense + passing, LOGIT_COPIES * logits) + teacher)
 
 
-def _block(sketch: Sketch, block: BlockSketch, packed: int, recipe: QepConfig, workspace: Workspace) -> dict[str, int]:
-    tokens = min(recipe.batch_size, recipe.num_samples) * recipe.seq_len
-    passing = pass_bytes(sketch, block, tokens)
-    widest = max((group_bytes(group, recipe, workspace, passing) for group in block.groups), default=passing)
-    return {
-        "a block of float weights": block.float_bytes,
-        "packed weights of the block": packed,
-        "observing and solving the widest group": int(widest),
-    }
-
-
-def pass_bytes(sketch: Sketch, block: BlockSketch, tokens: int) -> int:
-    """What some tokens take while they pass a block and are observed."""
-    size, widest = sketch.dtype.itemsize, max((group.in_features for group in block.groups), default=0)
-    return tokens * (size * block_width(sketch, block) + OBSERVED_COPIES * FLOAT32 * widest)
-
-
-def block_width(sketch: Sketch, block: BlockSketch) -> int:
-    """Values that a block holds for each token while it runs: outputs of linears, and some of the stream's width."""
-    dense = sum(ref.out_features for ref in block.linears if ref.expert is None)
-    experts = {g.linears[0].name: g.linears[0].out_features for g in block.groups if g.linears[0].expert is not None}
-    return dense + sketch.active_experts * sum(experts.values()) + PASS_TENSORS * sketch.hidden
-
-
 def _disk(sketch: Sketch, output: OutputPlan, streams: int, spilled: int, streaming: bool) -> Peak:
     parts = {"float model": sketch.float_bytes, "output": output.file_bytes, "activations": spilled}
     if streaming:
@@ -245,6 +190,6 @@ def _disk(sketch: Sketch, output: OutputPlan, streams: int, spilled: int, stream
     return Peak("the end", parts)
 
 
-def _largest(moments: dict[str, dict[str, int]]) -> Peak:
-    peaks = [Peak(name, {part: int(size) for part, size in parts.items() if size}) for name, parts in moments.items()]
+def _largest(moments: list[tuple[str, Parts]]) -> Peak:
+    peaks = [Peak(name, {part: int(size) for part, size in parts.items() if size >= 1}) for name, parts in moments]
     return max(peaks, key=lambda peak: peak.bytes)
