@@ -24,7 +24,7 @@ class LayerReport:
     """Bits of the stored tensors, scales and padding included."""
     error: float
     """tr((W - What) H (W - What)^T) / tr(W H W^T) for the corrected target W, on the calibration rows; of some
-    thousand outputs where there are more than 2,047."""
+    hundred outputs where there are more than 511."""
     tokens: int
     """Calibration tokens that reached the layer."""
     propagation: float
