@@ -66,7 +66,7 @@ class Residence:
         """The model with what lies outside the blocks as it was."""
         return model
 
-    def gather(self, model: nn.Module) -> None:
+    def gather(self, model: Any) -> None:
         """All blocks are done, and are to be in memory, packed, from now on."""
 
     def end(self, model: nn.Module) -> None:

@@ -141,11 +141,11 @@ class Streaming(Residence):
         """See `Residence.float_rest`."""
         return self._blocks.reopened()
 
-    def gather(self, model: nn.Module) -> None:
+    def gather(self, model: Any) -> None:
         """See `Residence.gather`."""
         for block, path in zip(self._structure.blocks, self.files, strict=True):
-            module = model.get_submodule(block.name)
-            state = {name.removeprefix(f"{block.name}."): tensor for name, tensor in load_file(path).items()}
+            module, device = model.get_submodule(block.name), model.device
+            state = {name.removeprefix(f"{block.name}."): t.to(device) for name, t in load_file(path).items()}
             module.load_state_dict(state, assign=True)
             align(module.modules())
             self._blocks.settle(block.name)
