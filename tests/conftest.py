@@ -23,6 +23,13 @@ __all__ = ["FAMILIES"]
 torch.set_num_threads(1)  # tiny models gain nothing from a second thread and lose when the machine is busy
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """What a test did to the number of threads ends with it: a job is only resumed with as many as it began with."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[[str], PreTrainedModel]:
     """`tiny_model(family)`: a fresh copy per call, equal weights every time; tests may change it."""
