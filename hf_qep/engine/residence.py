@@ -60,11 +60,11 @@ class Residence:
 
     def teacher(self, job: Job, structure: Structure, batches: Sequence[dict[str, Tensor]]) -> Teacher:
         """What the float model says of all rows, by its stream behind the last block."""
-        return keep_teacher(_outputs(self.float_rest(job.model), job, structure, batches), count_rows(batches))
+        return keep_teacher(_outputs(self.float_rest(job), job, structure, batches), count_rows(batches))
 
-    def float_rest(self, model: Any) -> Any:
+    def float_rest(self, job: Job) -> Any:
         """The model with what lies outside the blocks as it was."""
-        return model
+        return job.model
 
     def gather(self, model: Any) -> None:
         """All blocks are done, and are to be in memory, packed, from now on."""

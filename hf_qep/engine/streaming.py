@@ -137,9 +137,9 @@ class Streaming(Residence):
         for name, attribute in STREAMS.items():
             save_stream(job.shares, getattr(job, attribute), folder and folder / f"{name}.safetensors")
 
-    def float_rest(self, model: Any) -> Any:
-        """See `Residence.float_rest`."""
-        return self._blocks.reopened()
+    def float_rest(self, job: Job) -> Any:
+        """See `Residence.float_rest`; only rounded tables are not as they were."""
+        return self._blocks.reopened() if job.report.tables else job.model
 
     def gather(self, model: Any) -> None:
         """See `Residence.gather`."""
