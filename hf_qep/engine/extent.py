@@ -26,8 +26,6 @@ from hf_qep.errors import ArchitectureError
 
 SOLVER_PRODUCTS = {"rtn": 0.0, "onebit": 1.0, "gptq": 2.0, "sign": 7.0, "qqa": 180.0, "factored": 60.0, "auto": 90.0}
 """Products of the size (out, in) x (in, in) that a solver makes, from its code; others count as `sign`."""
-BYTES_PER_SIGN = 24
-"""float32 numbers that training holds for each sign: latent, gradient, two moments, the best latent, the weight."""
 FACTORISATIONS = 3
 """Cholesky factorisations per linear: correction, solver, scales."""
 
@@ -119,10 +117,3 @@ def training_operations(weights: int, head: int, blocks: int, tokens: int, recip
     tuning = recipe.tune_epochs * (weights * ahead + head * blocks * whole)
     again = 1.0 if recipe.trains_signs(weights) else 4 / 3
     return 6.0 * tokens * (tuning + recipe.distill_epochs * (weights * again + head))
-
-
-def training_memory(weights: int, float_bytes: int, recipe: QepConfig) -> int:
-    """Distillation holds the model in float32 and, for each sign, latent, gradient, two moments of it and the best."""
-    if not recipe.distill_epochs:
-        return 0
-    return float_bytes + (BYTES_PER_SIGN * weights if recipe.trains_signs(weights) else 0)

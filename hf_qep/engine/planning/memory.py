@@ -13,7 +13,6 @@ from typing import Any
 
 from hf_qep.config import QepConfig
 from hf_qep.distill.teacher import ROOM_BYTES as TEACHER_BYTES
-from hf_qep.engine.extent import training_memory
 from hf_qep.engine.planning.block_memory import FLOAT32, WAITING, Parts, Workspace, block_moments, block_width
 from hf_qep.engine.planning.output import OutputPlan
 from hf_qep.engine.planning.sketch import Sketch
@@ -28,6 +27,8 @@ STATES = KEPT + 1
 """States of an unfinished job on the disk: those that are kept, and one that is being written."""
 ROUNDING_COPIES = 7
 """float32 copies of a panel while a table is rounded."""
+BYTES_PER_SIGN = 24
+"""float32 numbers that training holds for each sign: latent, gradient, two moments, the best latent, the weight."""
 DENSE_COPIES, LOGIT_COPIES = 1.25, 6.5
 """float32 copies of the weights of a block, and of the logits of a step, at the peak of training scales; measured on
 models of width 256 to 1024 with 512 to 16,384 classes."""
@@ -140,21 +141,20 @@ def _peaks(
     on_gpu: bool,
 ) -> tuple[Peak, Peak | None]:
     """RAM, and memory of the GPU if there is one."""
-    of_process = {"interpreter and libraries": process}
+    of_process, arriving = {"interpreter and libraries": process}, {}
+    if on_gpu and streaming:
+        arriving["a block on its way"] = max(block.float_bytes for block in sketch.blocks)
     there, here = [], []
     for name, parts in moments:
         weights = {part: size for part, size in parts.items() if part not in (ACTIVATIONS, WAITING)}
         activations = streams + parts.get(ACTIVATIONS, 0)
         kept = {ACTIVATIONS: min(activations, room), WAITING: min(parts.get(WAITING, 0), max(0, room - activations))}
         there.append((name, weights))
-        here.append((name, of_process | kept | ({} if on_gpu else weights)))
+        here.append((name, of_process | kept | (arriving if on_gpu else weights)))
     if not on_gpu:
         return _largest(here), None
-    arriving = sketch.outside_bytes if streaming else sketch.float_bytes
-    here.append(("loading", of_process | {"weights on their way": arriving}))
-    if streaming:
-        block = max(block.float_bytes for block in sketch.blocks)
-        here = [(name, parts | ({"a block on its way": block} if name != "loading" else {})) for name, parts in here]
+    loaded = sketch.outside_bytes if streaming else sketch.float_bytes
+    here.append(("loading", of_process | {"weights on their way": loaded}))
     return _largest(here), _largest(there)
 
 
@@ -163,7 +163,7 @@ def _training(sketch: Sketch, output: OutputPlan, recipe: QepConfig) -> list[tup
     if not recipe.distill_epochs:
         return []
     if recipe.trains_signs(output.linear_weights):
-        training = training_memory(output.linear_weights, sketch.float_bytes, recipe)
+        training = sketch.float_bytes + BYTES_PER_SIGN * output.linear_weights
     else:
         training = scale_training_bytes(sketch, output, recipe)
     return [("training of the whole model", {"packed model": output.tensors, "training": training})]
