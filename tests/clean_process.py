@@ -7,8 +7,10 @@ ever. Here a server that has imported everything and started nothing forks inste
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,18 @@ def exit_codes(target: Callable[..., Any], calls: Sequence[tuple], patience: flo
             process.kill()
         raise TimeoutError(f"{target.__name__} did not end within {patience} s")
     return [process.exitcode for process in processes]
+
+
+def address_space() -> int:
+    """Bytes of addresses that this process has taken; on Linux."""
+    return int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+
+def limit_address_space(allowance: int) -> None:
+    """Let this process take so many more bytes of addresses and no more; on Linux, for a process of its own."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (address_space() + allowance, resource.RLIM_INFINITY))
 
 
 def _call(target: Callable[..., Any], *args: Any) -> None:

@@ -6,14 +6,14 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.script_modules import imported
+
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ROOT / "scripts"
 TEXT = (
     "The old man walked down to the river. He sat upon a large grey stone. The boat lay by the water all the night. "
     "In the morning he opened the door. Then he went along the road to the house. She gave him a piece of bread. "
@@ -42,13 +42,8 @@ assert load_file(value("--tokens"))["input_ids"].shape == (8, 32) and "--qep" in
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the bench by name."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in MODULES:
-            del sys.modules[name]
+    with imported(*MODULES) as modules:
+        yield modules
 
 
 @pytest.fixture

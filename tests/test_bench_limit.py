@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-MODULES = ("bench_limit", "speed_models")
+from tests.script_modules import imported
+
 SIZES = {"hidden": 128, "ffn": 192, "layers": 2, "vocab": 320}
 
 
 @pytest.fixture
 def bench():
     """The bench as a module."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield __import__("bench_limit")
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with imported("bench_limit") as modules:
+        yield modules.bench_limit
 
 
 def test_the_checkpoint_is_written_in_shards_and_loads(bench, tmp_path, monkeypatch):

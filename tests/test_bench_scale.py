@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from hf_qep.engine.planning import costs
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-MODULES = ("bench_quantize", "bench_scale")
+from tests.script_modules import imported
 
 
 @pytest.fixture(scope="module")
 def bench_scale():
     """The bench as a module."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield __import__("bench_scale")
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with imported("bench_scale") as modules:
+        yield modules.bench_scale
 
 
 def test_peak_is_that_of_the_moment_when_most_is_held(bench_scale):

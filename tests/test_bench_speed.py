@@ -7,12 +7,12 @@ import re
 import stat
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+from tests.script_modules import SCRIPTS, imported
+
 MODULES = ("bench_speed", "peer_llamacpp", "speed_kernels", "speed_models")
 NATIVE = [
     f"{form}, {how}" for form in ("1-bit", "1-bit group 128", "factored 1 bit", "4-bit") for how in ("exact", "int8")
@@ -52,13 +52,8 @@ def executable(path, text):
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the bench by name."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in MODULES:
-            del sys.modules[name]
+    with imported(*MODULES) as modules:
+        yield modules
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from threading import Barrier, Thread
@@ -10,14 +9,10 @@ from threading import Barrier, Thread
 import pytest
 
 from hf_qep import heaps
-from tests.clean_process import exit_code
+from tests.clean_process import address_space, exit_code, limit_address_space
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of address space and glibc")
 THREADS, STACKS = 4, 4 * (9 << 20)
-
-
-def address_space() -> int:
-    return int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
 
 def grown_by_threads() -> int:
@@ -40,9 +35,7 @@ def grown_by_threads() -> int:
 
 
 def threads_share_a_heap():
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (address_space() + (1 << 30), resource.RLIM_INFINITY))
+    limit_address_space(1 << 30)
     heaps.limit_heaps()
     assert grown_by_threads() < STACKS + (32 << 20)
 

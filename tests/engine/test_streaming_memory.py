@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_qep.config import QepConfig
 from hf_qep.engine.source import load_quantized
-from tests.clean_process import exit_code
+from tests.clean_process import exit_code, limit_address_space
 from tests.engine.test_streaming import in_memory, streamed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of address space, /proc and fork")
@@ -36,12 +34,9 @@ def large(tmp_path_factory):
 
 
 def limit_memory():
-    import resource
-
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the heap of every thread reserves as much as is allowed here
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # or freed tensors would stay in a heap full of holes
-    held = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
-    resource.setrlimit(resource.RLIMIT_AS, (held + ALLOWANCE, resource.RLIM_INFINITY))
+    limit_address_space(ALLOWANCE)
 
 
 def tokens():

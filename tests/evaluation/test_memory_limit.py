@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from hf_qep.evaluation.divergence import compare_language_models
 from hf_qep.evaluation.perplexity import TokenStream
 from hf_qep.formats import sign
 from hf_qep.heaps import limit_heaps
-from tests.clean_process import exit_code
+from tests.clean_process import exit_code, limit_address_space
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of address space, /proc and fork")
 ALLOWANCE, TIMES = 120 << 20, 10
@@ -69,11 +67,8 @@ def values(like):
 
 
 def limit_memory():
-    import resource
-
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the stack of every thread takes as much as a quarter of what is left
-    held = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
-    resource.setrlimit(resource.RLIMIT_AS, (held + ALLOWANCE, resource.RLIM_INFINITY))
+    limit_address_space(ALLOWANCE)
     limit_heaps()
 
 
