@@ -60,11 +60,22 @@ class Visitor:
         self.page.get_by_role("button", name=name, exact=True).click()
 
     def set_tokens(self, count: int) -> None:
-        if not self.page.locator("#new-tokens input[type=number]").is_visible():
+        self.set_number("#new-tokens", count)
+
+    def set_number(self, selector: str, value: float) -> None:
+        """Type into the field of a slider until the slider has it: a page that is still busy may not take it yet."""
+        field = self.page.locator(f"{selector} input[type=number]")
+        if not field.is_visible():
             self.click("Settings")
-        field = self.page.locator("#new-tokens input[type=number]")
-        field.fill(str(count))
-        field.press("Tab")
+
+        def taken() -> bool:
+            field.fill(str(value))
+            field.press("Tab")
+            self.page.wait_for_timeout(50)
+            shown = self.page.locator(f"{selector} input").evaluate_all("inputs => inputs.map(i => Number(i.value))")
+            return len(shown) == 2 and all(number == value for number in shown)
+
+        assert wait_until(taken), f"{selector} does not take {value}"
 
     def badge(self, lane: str, status: str) -> None:
         self.page.locator(f"#lane-{lane} .badge", has_text=status).wait_for()
@@ -132,9 +143,7 @@ def test_type_stream_compare(visit):
 def test_markup_that_a_model_writes_is_shown_and_not_run(visit):
     visitor = visit()
     visitor.type(f"{PROMPT} <img src=x onerror='window.hit=1'>")
-    visitor.click("Settings")
-    visitor.page.locator("#temperature input[type=number]").fill("1.5")
-    visitor.page.locator("#temperature input[type=number]").press("Tab")
+    visitor.set_number("#temperature", 1.5)
     visitor.click("Generate")
     visitor.badge("one-bit", "Done")
     written = visitor.text("original") + visitor.text("one-bit")
