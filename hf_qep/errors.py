@@ -93,3 +93,7 @@ class UnsafeContentError(PublishError):
 
 class SpaceError(QepError, RuntimeError):
     """A Space cannot be made, run or deployed."""
+
+
+class ExportError(QepError, ValueError):
+    """A model or its tokenizer cannot be said in the format of another program; the message says which part of it."""

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "search": MODEL | {"algorithms", "architectures", "students", "distill", "search"},
     "engine": ENGINE,
     "evaluation": MODEL | {"architectures", "evaluation"},
+    "export": MODEL | {"architectures", "export"},
     "on_the_fly": ENGINE | {"on_the_fly"},
     "adapters": MODEL | {"adapters"},
     "quantizer": ENGINE | {"on_the_fly", "quantizer"},
