@@ -122,6 +122,26 @@ def _swap(aside: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def write_file_aside(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """`write_aside` for a single file.
+
+    Raises OutputExistsError if `final` is a folder, or exists and `overwrite` is false.
+    """
+    if final.is_dir() or (final.exists() and not overwrite):
+        what = (
+            "is a folder; give the name of a file" if final.is_dir() else "exists; choose another or pass --overwrite"
+        )
+        raise OutputExistsError(f"{str(final)!r} {what}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{final.name}.", suffix=".partial", dir=final.parent) as folder:
+        aside = Path(folder) / final.name
+        yield aside
+        flush(aside)
+        os.replace(aside, final)
+        flush(final.parent)
+
+
 def write_text_aside(path: Path, text: str) -> None:
     """Replace one file in a single step."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -163,13 +163,13 @@ class Checkpoint:
             raise ReaderError(f"{str(error.filename)!r} cannot be read: {error.strerror}") from error
         self.modules = {name: _module(name, rename(name), spec, self.entries) for name, spec in specs.items()}
 
-    def tensor(self, name: str) -> Array:
-        """A tensor of the files as it is stored, read-only; bfloat16 is widened to float32."""
+    def tensor(self, name: str, widen: bool = True) -> Array:
+        """A tensor of the files as stored, read-only; bfloat16 is widened to float32, or else its bits as uint16."""
         entry = self.entries.get(name)
         if entry is None or entry.dtype.startswith("F8"):
             raise ReaderError(f"{self.folder.name!r} holds no tensor {name!r} of a dtype that numpy has")
         value = np.ndarray(entry.shape, DTYPES[entry.dtype], self._maps[entry.file], entry.start)
-        return (value.astype("<u4") << 16).view("<f4") if entry.dtype == "BF16" else value
+        return (value.astype("<u4") << 16).view("<f4") if entry.dtype == "BF16" and widen else value
 
     def matrices(self, name: str, expert: int | None = None, columns: int | None = None) -> list[Matrix]:
         """Packed matrices whose product, the first on the left, is the weight: one, or two of format `factored`."""

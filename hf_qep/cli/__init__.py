@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": "hf_qep.cli.compare:compare_command",
     "demo": "hf_qep.cli.demo:demo_command",
     "distill": "hf_qep.cli.distill:app",
+    "export": "hf_qep.cli.export:app",
     "card": "hf_qep.cli.card:card_command",
     "push": "hf_qep.cli.push:push_command",
     "verify": "hf_qep.cli.verify:verify_command",
