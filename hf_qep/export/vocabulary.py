@@ -35,8 +35,8 @@ class TokenType(IntEnum):
 class Vocabulary:
     """A tokenizer in the words of GGUF.
 
-    model: "llama" (SentencePiece-like BPE, has scores) or "gpt2" (byte-level BPE, has merges). pre: llama.cpp's name for
-    the way in which texts are cut into words. tokens, types, scores: one for each row of the embedding, ids as in
+    model: "llama" (SentencePiece-like BPE, has scores) or "gpt2" (byte-level BPE, has merges). pre: llama.cpp's name
+    for the way in which texts are cut into words. tokens, types, scores: one for each row of the embedding, ids as in
     transformers. merges: two parts with a space between, by rank. special: role ("bos", "eos", "eot", "eom", "unk",
     "sep", "pad", "mask") -> id; the first two are always there. add_bos, add_eos, add_space_prefix: what llama.cpp puts
     around a text. chat_templates: by name, the usual one is "default". notes: sentences for the user, each a case in
@@ -60,8 +60,8 @@ class Vocabulary:
 def vocabulary(folder: Path, vocab_size: int, *, pre: str | None = None) -> Vocabulary:
     """The tokenizer that `save_pretrained` wrote to a folder.
 
-    vocab_size: rows of the embedding; rows without a token get unused ones. pre: llama.cpp's name of a pre-tokenizer for
-    byte-level BPE, where its expressions are not known here; nothing is compared then.
+    vocab_size: rows of the embedding; rows without a token get unused ones. pre: llama.cpp's name of a pre-tokenizer
+    for byte-level BPE, where its expressions are not known here; nothing is compared then.
 
     Raises CheckpointError without a readable tokenizer.json, ExportError for a tokenizer of which llama.cpp would make
     another one: kinds besides BPE, normalizers besides NFC, unknown pre-tokenizers, more tokens than vocab_size.
@@ -71,7 +71,7 @@ def vocabulary(folder: Path, vocab_size: int, *, pre: str | None = None) -> Voca
     byte_level = bpe.is_byte_level(files.state)
     tokens = _tokens(files, vocab_size, unescape=not byte_level)
     special = special_tokens(files)
-    notes = [*special.notes, *_added_notes(files, byte_level)]
+    notes = [*special.notes, *_added_notes(files)]
     shared: dict[str, Any] = {
         "tokens": tokens,
         "special": _in_range(special.ids, vocab_size),
@@ -142,8 +142,8 @@ def _tokens(files: TokenizerFiles, vocab_size: int, *, unescape: bool) -> tuple[
         texts[number] = token["content"].replace(spm.MARK, " ") if marked else token["content"]
     if max(texts) >= vocab_size:
         raise ExportError(
-            f"the tokenizer has tokens up to number {max(texts)}, the embedding only {vocab_size} rows; cut the tokenizer "
-            "or enlarge the embedding"
+            f"the tokenizer has tokens up to number {max(texts)}, the embedding has {vocab_size} rows; cut the "
+            "tokenizer or enlarge the embedding"
         )
     taken = set(texts.values())
     if len(taken) < len(texts) or any(not text or "\0" in text for text in taken):
@@ -170,7 +170,8 @@ def _types(
             return TokenType.UNKNOWN
         if number in control:
             return TokenType.CONTROL
-        if number in added:
+        # A piece with SentencePiece's mark would be found in no text as it stands, and be printed with the mark.
+        if number in added and (byte_level or spm.MARK not in text or number not in known):
             return TokenType.USER_DEFINED
         if number not in known:
             return TokenType.UNUSED
@@ -189,20 +190,20 @@ def _in_range(special: Mapping[str, int], vocab_size: int) -> dict[str, int]:
     return dict(special)
 
 
-def _added_notes(files: TokenizerFiles, byte_level: bool) -> list[str]:
+def _added_notes(files: TokenizerFiles) -> list[str]:
     """What llama.cpp does otherwise around added tokens. Raises ExportError where that concerns ordinary text."""
     stripping = []
+    prefixed = any(part["type"] == "Prepend" for part in spm.parts(files.state.get("normalizer"), "normalizers"))
     for token in files.added().values():
-        stripped = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
-        if stripped and not token.get("special"):
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
+        if flags and not token.get("special"):
             raise ExportError(
-                f"the added token {token['content']!r} has {stripped[0]}, which llama.cpp does not have; add it without"
+                f"the added token {token['content']!r} has {flags[0]}, which llama.cpp does not have; add it without"
             )
-        prefixed = not byte_level and token.get("normalized") and spm.space_prefix(files.state)[0]
-        if prefixed:
+        if prefixed and token.get("normalized"):
             raise ExportError(
-                f"the added token {token['content']!r} is normalized, so that this tokenizer finds it behind a space only "
-                "and llama.cpp anywhere; add it with normalized=False"
+                f"the added token {token['content']!r} is normalized, so that this tokenizer finds it only behind a "
+                "space, llama.cpp anywhere; add it with normalized=False"
             )
-        stripping += [token["content"]] if stripped else []
+        stripping += [token["content"]] if flags else []
     return [f"llama.cpp keeps the spaces beside {stripping}, this tokenizer takes them in"] if stripping else []

@@ -29,7 +29,6 @@ _DEEPSEEK = (
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_TAIL}"
 )
 _DIGIT, _DIGITS = r"\p{N}", r"\p{N}+"
-_THREE_FROM_RIGHT = r"\d{1,3}(?=(?:\d{3})*\b)"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ TABLE: dict[tuple[str, ...], tuple[Pre, ...]] = {
     (_DIGIT, _GPT2): (Pre("command-r"),),
     (_TEKKEN,): (Pre("tekken", whole_words=True, note=_CASE_NOTE),),
     (_GPT4O,): (Pre("gpt-4o", note=_CASE_NOTE),),
-    (_THREE_FROM_RIGHT, _GPT4O): (Pre("tiny_aya", note=_CASE_NOTE),),
     (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK): (Pre("deepseek-v3"),),
 }
 """Expressions that cut a text, one after the other -> pre-tokenizers of llama.cpp (llama-vocab.cpp, llm_tokenizer_bpe),
@@ -74,8 +72,8 @@ def pre_tokenizer(state: Mapping[str, Any], merges: Sequence[tuple[str, str]], p
     key = tuple(_expressions(state.get("pre_tokenizer")))
     if key not in TABLE:
         raise ExportError(
-            f"llama.cpp has no pre-tokenizer for {list(key)} that is known here; if one of its own does the same, name it "
-            "(`pre`), as in `pre='llama-bpe'`"
+            f"llama.cpp has no pre-tokenizer for {list(key)} that is known here; if one of its own does the same, name "
+            "it (`pre`), as in `pre='llama-bpe'`"
         )
     whole = bool(state["model"].get("ignore_merges"))
     if _merges_reach_all(state, merges):
@@ -107,8 +105,8 @@ def check_alphabet(model: Mapping[str, Any]) -> list[str]:
     missing = set(ByteLevel.alphabet()) - set(model["vocab"])
     if missing and model.get("unk_token") is not None:
         raise ExportError(
-            f"{len(missing)} of 256 bytes are no token, where this tokenizer writes {model['unk_token']!r} and llama.cpp "
-            "nothing; keep all bytes when the vocabulary is cut (`keep_bytes`)"
+            f"{len(missing)} of 256 bytes are no token, where this tokenizer writes {model['unk_token']!r} and "
+            "llama.cpp nothing; keep all bytes when the vocabulary is cut (`keep_bytes`)"
         )
     return [f"{len(missing)} of 256 bytes are no token; texts lose them"] if missing else []
 

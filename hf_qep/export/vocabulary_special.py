@@ -80,8 +80,8 @@ class SpecialTokens:
 
 
 def special_tokens(files: TokenizerFiles) -> SpecialTokens:
-    """Special tokens of a checkpoint. Raises ExportError if llama.cpp could not put them where the tokenizer does, or if
-    no token ends a text: it would take one of its own choice."""
+    """Special tokens of a checkpoint. Raises ExportError if llama.cpp cannot put them where the tokenizer does, or if no
+    token ends a text: it would take one of its own choice."""
     first, last = _around(files)
     ends = list(dict.fromkeys([*last, *files.numbers("eos")]))
     if not ends:

@@ -84,11 +84,11 @@ def _texts(made: Sequence[str]) -> Iterator[str]:
 
 
 def check_bytes(tokens: Iterable[str]) -> None:
-    """Raise ExportError unless all 256 byte tokens are there: llama.cpp ends at the first byte that it does not find."""
+    """Raise ExportError unless all 256 byte tokens are there: llama.cpp ends at the first byte that it cannot find."""
     missing = {f"<0x{byte:02X}>" for byte in range(256)} - set(tokens)
     if missing:
         raise ExportError(
-            f"the tokenizer lacks the byte tokens {sorted(missing)[:4]} ({len(missing)} of 256), without which llama.cpp "
+            f"the tokenizer lacks {len(missing)} of 256 byte tokens, such as {min(missing)}, without which llama.cpp "
             "cannot read every text; keep them when the vocabulary is cut (`keep_bytes`)"
         )
 
