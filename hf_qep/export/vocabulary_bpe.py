@@ -41,7 +41,7 @@ class Pre:
     note: str | None = None
 
 
-_CASE_NOTE = "llama.cpp knows upper and lower case of ASCII letters only where it cuts words"
+_CASE_NOTE = "llama.cpp cuts words with letters outside ASCII by simpler rules for case and combining marks"
 TABLE: dict[tuple[str, ...], tuple[Pre, ...]] = {
     (_GPT2,): (Pre("gpt-2"),),
     (_LLAMA3,): (Pre("llama-bpe", whole_words=True), Pre("smaug-bpe")),

@@ -80,8 +80,11 @@ class SpecialTokens:
 
 
 def special_tokens(files: TokenizerFiles) -> SpecialTokens:
-    """Special tokens of a checkpoint. Raises ExportError if llama.cpp cannot put them where the tokenizer does, or if no
-    token ends a text: it would take one of its own choice."""
+    """Special tokens of a checkpoint.
+
+    Raises ExportError if llama.cpp cannot put them where the tokenizer does, or if no token ends a text: it would take
+    one of its own choice.
+    """
     first, last = _around(files)
     ends = list(dict.fromkeys([*last, *files.numbers("eos")]))
     if not ends:
@@ -106,13 +109,8 @@ def special_tokens(files: TokenizerFiles) -> SpecialTokens:
 
 def _around(files: TokenizerFiles) -> tuple[list[int], list[int]]:
     """Tokens before and behind a text: one at most on each side."""
-    asked = {role: files.tokenizer_config.get(f"add_{role}_token") for role in ("bos", "eos")}
-    if any(value is not None for value in asked.values()):
-        # transformers makes the post-processor anew where one of the two is written down.
-        sides = [[files.number(role)] if asked[role] else [] for role in ("bos", "eos")]
-        first, last = ([n for n in side if n is not None] for side in sides)
-    else:
-        first, last = _post_processor(files.state.get("post_processor"))
+    # Not from add_bos_token in tokenizer_config.json, which transformers leaves aside where there is a tokenizer.json.
+    first, last = _post_processor(files.state.get("post_processor"))
     if len(first) > 1 or len(last) > 1:
         raise ExportError(
             f"the tokenizer puts {len(first)} tokens before a text and {len(last)} behind it, llama.cpp one at most; "

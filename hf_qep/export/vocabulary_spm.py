@@ -142,11 +142,9 @@ NFC_NOTE = "the tokenizer composes letters and accents (NFC) first and llama.cpp
 def _metaspace_notes(scheme: str) -> list[str]:
     notes = []
     if scheme != "never":
-        notes.append("a text that begins with a space gets one more in llama.cpp, and none in this tokenizer")
+        notes.append("llama.cpp puts a space before text that begins with one too, this tokenizer does not")
     if scheme == "first":
-        notes.append(
-            "llama.cpp puts a space in front of text behind every special token, this tokenizer only of the first"
-        )
+        notes.append("llama.cpp puts a space before text behind every added or special token, this tokenizer does not")
     return notes
 
 
