@@ -5,7 +5,7 @@ Keys and their meaning: the GGUF specification (`tokenizer.ggml.*`); what llama.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -67,32 +67,21 @@ def vocabulary(folder: Path, vocab_size: int, *, pre: str | None = None) -> Voca
     another one: kinds besides BPE, normalizers besides NFC, unknown pre-tokenizers, more tokens than vocab_size.
     """
     files = TokenizerFiles.read(folder)
-    model, merges = _bpe_model(files.state)
+    merges = _merges(files.state["model"])
     byte_level = bpe.is_byte_level(files.state)
     tokens = _tokens(files, vocab_size, unescape=not byte_level)
+    own, notes = _byte_level(files.state, merges, pre) if byte_level else _marked(files.state, merges, tokens, pre)
     special = special_tokens(files)
-    notes = [*special.notes, *_added_notes(files)]
-    shared: dict[str, Any] = {
-        "tokens": tokens,
-        "special": _in_range(special.ids, vocab_size),
-        "types": _types(files, tokens, special.ids, byte_level),
-        "add_bos": special.add_bos,
-        "add_eos": special.add_eos,
-        "chat_templates": chat_templates(files),
-    }
-    if byte_level:
-        choice = bpe.pre_tokenizer(files.state, merges, pre)
-        notes += [*bpe.check_normalizer(files.state), *bpe.check_alphabet(model), *filter(None, [choice.note])]
-        joined = tuple(f"{left} {right}" for left, right in merges)
-        own = {"model": "gpt2", "pre": choice.name, "scores": None, "merges": joined, "add_space_prefix": False}
-    else:
-        prefix, more = spm.space_prefix(files.state)
-        notes += more
-        spm.check_bytes(tokens)
-        scores = spm.scores_of(tokens, merges)
-        spm.check_pieces(model, merges, dict(zip(tokens, scores, strict=True)))
-        own = {"model": "llama", "pre": "default", "scores": tuple(scores), "merges": None, "add_space_prefix": prefix}
-    return Vocabulary(**own, **shared, notes=tuple(notes))
+    return Vocabulary(
+        **own,
+        tokens=tokens,
+        types=_types(files, tokens, special.ids, byte_level),
+        special=_in_range(special.ids, vocab_size),
+        add_bos=special.add_bos,
+        add_eos=special.add_eos,
+        chat_templates=chat_templates(files),
+        notes=(*notes, *special.notes, *_added_notes(files)),
+    )
 
 
 def write(vocabulary: Vocabulary, writer: GGUFWriter) -> None:
@@ -118,9 +107,8 @@ def write(vocabulary: Vocabulary, writer: GGUFWriter) -> None:
         writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items()])
 
 
-def _bpe_model(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[tuple[str, str]]]:
-    """The BPE model of a tokenizer.json and its merges by rank."""
-    model = state["model"]
+def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Merges of a BPE model by rank. Raises ExportError for other kinds, and for options that llama.cpp has not."""
     kind = model.get("type", "BPE" if "merges" in model else None)
     if kind != "BPE":
         raise ExportError(
@@ -130,8 +118,32 @@ def _bpe_model(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[tuple[
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise ExportError(f"llama.cpp's BPE knows no {option} (here {model[option]!r}); it cannot be exported")
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return model, merges
+    return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+
+
+def _byte_level(
+    state: Mapping[str, Any], merges: Sequence[tuple[str, str]], pre: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Fields of a Vocabulary that byte-level BPE has of its own, and notes."""
+    choice = bpe.pre_tokenizer(state, merges, pre)
+    notes = [*bpe.check_normalizer(state), *bpe.check_alphabet(state["model"]), *filter(None, [choice.note])]
+    joined = tuple(f"{left} {right}" for left, right in merges)
+    return {"model": "gpt2", "pre": choice.name, "scores": None, "merges": joined, "add_space_prefix": False}, notes
+
+
+def _marked(
+    state: Mapping[str, Any], merges: Sequence[tuple[str, str]], tokens: Sequence[str], pre: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Fields of a Vocabulary that SentencePiece-like BPE has of its own, and notes."""
+    if pre is not None:
+        raise ExportError(
+            f"the pre-tokenizer {pre!r} cannot be named for a tokenizer without ByteLevel; leave `pre` out"
+        )
+    prefix, notes = spm.space_prefix(state)
+    spm.check_bytes(tokens)
+    scores = tuple(spm.scores_of(tokens, merges))
+    spm.check_pieces(state["model"], merges, dict(zip(tokens, scores, strict=True)))
+    return {"model": "llama", "pre": "default", "scores": scores, "merges": None, "add_space_prefix": prefix}, notes
 
 
 def _tokens(files: TokenizerFiles, vocab_size: int, *, unescape: bool) -> tuple[str, ...]:
@@ -140,7 +152,7 @@ def _tokens(files: TokenizerFiles, vocab_size: int, *, unescape: bool) -> tuple[
     for number, token in files.added().items():
         marked = unescape and token.get("normalized") and not token.get("special")
         texts[number] = token["content"].replace(spm.MARK, " ") if marked else token["content"]
-    if max(texts) >= vocab_size:
+    if max(texts, default=0) >= vocab_size:
         raise ExportError(
             f"the tokenizer has tokens up to number {max(texts)}, the embedding has {vocab_size} rows; cut the "
             "tokenizer or enlarge the embedding"

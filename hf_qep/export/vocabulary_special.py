@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,11 @@ class TokenizerFiles:
                 f"{str(folder)!r} has no tokenizer.json, which the export reads; load the tokenizer with "
                 "AutoTokenizer and save it there with save_pretrained"
             )
+        state = _json(folder / "tokenizer.json")
+        if not isinstance(state.get("model"), Mapping):
+            raise CheckpointError(f"{str(folder / 'tokenizer.json')!r} has no entry `model`; save the tokenizer again")
         names = ("tokenizer_config", "special_tokens_map", "generation_config", "config")
-        return cls(folder, _json(folder / "tokenizer.json"), *(_json(folder / f"{name}.json") for name in names))
+        return cls(folder, state, *(_json(folder / f"{name}.json") for name in names))
 
     def added(self) -> dict[int, Mapping[str, Any]]:
         """Tokens that were added to the vocabulary, by id; tokenizer_config.json may know more of them."""
@@ -44,7 +47,7 @@ class TokenizerFiles:
 
     def number(self, role: str) -> int | None:
         """Id of the token that the tokenizer itself names for a role such as "bos"."""
-        for source in (self.tokenizer_config, self.special_tokens_map):
+        for source in (self.tokenizer_config, self.special_tokens_map, self.state["model"]):
             token = source.get(f"{role}_token")
             text = token.get("content") if isinstance(token, Mapping) else token
             if isinstance(text, str):
@@ -101,9 +104,7 @@ def special_tokens(files: TokenizerFiles) -> SpecialTokens:
         ids.setdefault(role, number)
     left = [texts.get(number, str(number)) for number in ends if number not in ids.values()]
     ids |= {role: numbers[0] for role in _SIMPLE if (numbers := files.numbers(role))}
-    notes = (
-        (f"besides {len(ends) - len(left)} tokens, {left} end a text, and llama.cpp may go on there",) if left else ()
-    )
+    notes = (f"llama.cpp may go on behind {left}, which end a text in transformers",) if left else ()
     return SpecialTokens(ids, bool(first), bool(last), notes)
 
 
@@ -124,16 +125,18 @@ def _post_processor(processor: Mapping[str, Any] | None) -> tuple[list[int], lis
     last: list[int] = []
     for part in parts(processor, "processors"):
         if part["type"] == "TemplateProcessing":
-            items = [
-                part["special_tokens"][s["id"]]["ids"] if (s := i.get("SpecialToken")) else None for i in part["single"]
-            ]
-            place = items.index(None)
-            first, last = sum(items[:place], []) + first, last + sum((i or [] for i in items[place + 1 :]), [])
+            place = next(i for i, item in enumerate(part["single"]) if "Sequence" in item)
+            first = _ids(part, part["single"][:place]) + first
+            last = last + _ids(part, part["single"][place + 1 :])
         elif part["type"] in ("BertProcessing", "RobertaProcessing"):
             first, last = [part["cls"][1], *first], [*last, part["sep"][1]]
         elif part["type"] != "ByteLevel":
             raise ExportError(f"llama.cpp has nothing like the post-processor {part['type']!r} of this tokenizer")
     return first, last
+
+
+def _ids(template: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [n for item in items for n in template["special_tokens"][item["SpecialToken"]["id"]]["ids"]]
 
 
 def chat_templates(files: TokenizerFiles) -> dict[str, str]:

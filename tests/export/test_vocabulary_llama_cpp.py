@@ -1,4 +1,4 @@
-"""llama.cpp itself makes the same tokens as transformers; skipped without llama-cpp-python, which builds for minutes."""
+"""llama.cpp itself makes the same tokens as transformers (skipped without llama-cpp-python, which is slow to build)."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_the_queue_merges_what_the_rule_says(tokens, text):
 
 
 @pytest.mark.parametrize("text", [*folders.TEXTS, *folders.MORE])
-def test_scores_cut_texts_as_the_merges_of_sentencepiece_do(tmp_path_factory, spm_folder, text):
+def test_scores_cut_texts_as_the_merges_of_sentencepiece_do(spm_folder, text):
     core = Tokenizer.from_file(str(spm_folder / "tokenizer.json"))
     exported = vocabulary(spm_folder, core.get_vocab_size())
     scores = dict(zip(exported.tokens, exported.scores, strict=True))
@@ -116,6 +116,11 @@ def test_a_pre_tokenizer_that_llama_cpp_has_not_is_refused_unless_it_is_named(tm
         vocabulary(folder, 3000)
     named = vocabulary(folder, 3000, pre="falcon")
     assert named.pre == "falcon" and "given by name" in named.notes[0]
+
+
+def test_a_pre_tokenizer_is_named_only_for_byte_level_tokenizers(spm_folder):
+    with pytest.raises(ExportError, match="leave `pre` out"):
+        vocabulary(spm_folder, 3000, pre="llama-bpe")
 
 
 def test_normalizers_besides_nfc_are_refused(tmp_path):
