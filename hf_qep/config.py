@@ -30,6 +30,9 @@ EFFORTS: dict[str, dict[str, Any]] = {
 SIGNS_THAT_TRAIN = 10**9
 """Most signs that are trained together unless more are asked for."""
 
+EXPORTS = {"gguf": 128}
+"""Format of another program -> columns of a row that share a scale in it."""
+
 _LOADING = ("dequantize", "trainable_scales")
 _RUNTIME = ("tokenizer", *_LOADING)
 
@@ -73,6 +76,9 @@ class QepConfig(QuantizationConfigMixin):
             per weight; None is yes for up to a thousand million quantised weights.
         embedding_bits, head_bits: bits, 4 or 8, of the whole numbers as which word embeddings and output head are
             stored, scales apart; None leaves them float. Where the two are tied, one option is enough.
+        export: another program that shall read the checkpoint: "gguf" keeps method `sign` to what llama.cpp's Q1_0
+            holds, one scale for 128 columns of a row (or a multiple of 128) and none for a column, so that `hf-qep
+            export gguf` loses nothing; columns are made alike beforehand by way of the norms.
         activation: how packed linears take their inputs on a processor: "exact" (float32) or "int8" (rounded, one scale
             per token and 128 inputs; faster). What is given while loading goes before what the checkpoint says; None
             is what it says, or "exact".
@@ -110,6 +116,7 @@ class QepConfig(QuantizationConfigMixin):
         head_bits: int | None = None,
         max_memory: str | int | None = None,
         effort: str | None = None,
+        export: str | None = None,
         activation: str | None = None,
         tokenizer: Any = None,
         dequantize: bool = False,
@@ -121,7 +128,7 @@ class QepConfig(QuantizationConfigMixin):
         self.quant_method = "qep"
         self.format_version = format_version
         self.bits, self.method, self.group_size = bits, method, group_size
-        self.max_memory = max_memory
+        self.max_memory, self.export = max_memory, export
         self.propagation, self.residual, self.damping = propagation, residual, damping
         self.dataset, self.seq_len, self.batch_size = dataset, seq_len, batch_size
         self.skip_modules, self.seed, self.bias_correction = skip_modules, seed, bias_correction
@@ -149,6 +156,9 @@ class QepConfig(QuantizationConfigMixin):
             self._check_layers()
             return
         self._check_method()
+        if self.group_size is not None:
+            _whole("group_size", self.group_size, 1)
+        self._check_export()
         _in_range("bits", self.bits, 0.3, 2.5)
         _in_range("propagation", self.propagation, 0.0, 1.0)
         _in_range("damping", self.damping, 1e-6, 10.0)
@@ -166,8 +176,6 @@ class QepConfig(QuantizationConfigMixin):
         for name in ("embedding_bits", "head_bits"):
             if (value := getattr(self, name)) is not None and (isinstance(value, float) or value not in BITS):
                 raise ConfigError(f"{name} must be None or one of {BITS}, not {value!r}")
-        if self.group_size is not None:
-            _whole("group_size", self.group_size, 1)
         if isinstance(self.skip_modules, str):
             raise ConfigError(f"skip_modules must be a list of names, not the string {self.skip_modules!r}")
 
@@ -181,6 +189,19 @@ class QepConfig(QuantizationConfigMixin):
         parse_size(self.max_memory)
         if self.method != AUTO:
             raise ConfigError(f"max_memory needs method `{AUTO}`, which spends it; method is `{self.method}`")
+
+    def _check_export(self) -> None:
+        if self.export is None:
+            return
+        if self.export not in EXPORTS:
+            raise ConfigError(f"export must be {', '.join(map(repr, EXPORTS))} or None, not {self.export!r}")
+        columns = EXPORTS[self.export]
+        self.group_size = columns if self.group_size is None else self.group_size
+        if self.method != "sign" or self.group_size % columns:
+            raise ConfigError(
+                f'export="{self.export}" needs method `sign` and a group size that is a multiple of {columns} (or none '
+                f"given), not method `{self.method}` and {self.group_size}"
+            )
 
     def _check_layers(self) -> None:
         for entry in self.layers or []:

@@ -37,4 +37,5 @@ def test_a_step_beyond_its_limit_says_so(bench, tmp_path):
     bench.make_checkpoint(tmp_path / "m", Namespace(**SIZES))
     row = bench.take("float", [str(tmp_path / "m")], Namespace(allow=1 << 18, verbose=False))
     assert row["step"] == "float" and row["ok"] is False and row["limit"] == 1 << 18, row
-    assert "memory" in row["error"].lower(), row
+    # Usually "memory"; where an extension module meets the limit first, Python only knows that it failed.
+    assert "memory" in row["error"].lower() or "SystemError" in row["error"], row

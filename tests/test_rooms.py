@@ -52,7 +52,7 @@ MAY_IMPORT = {
 ANYTHING = {"__init__", "__main__", "cli"}
 DOORS = {("evaluation", "hf_qep.engine.calibration"), ("evaluation", "hf_qep.engine.text_sources")}
 DOORS |= {("hub", f"hf_qep.engine.{name}") for name in ("headers", "manifest", "source")}
-DOORS |= {("export", "hf_qep.engine.headers")}
+DOORS |= {("export", "hf_qep.engine.headers"), ("export", "hf_qep.architectures.feeds")}
 DOORS |= {(room, "hf_qep.remote_code.add_remote_code") for room in ("engine", "hub")}
 DOORS |= {("registration", "hf_qep.students.modeling_student")}
 """Single modules that a room may import although they lie elsewhere: text is read in one way only, the writer adds the

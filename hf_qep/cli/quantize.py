@@ -37,6 +37,7 @@ BITS_HELP = "Bits per weight: 1.0; with `factored` and `auto` 0.3 to 2.5, scales
 METHOD_HELP = "Solver: sign, onebit, gptq, rtn, qqa or factored; auto: sign or factored for each layer."
 MEMORY_HELP = "Instead of --bits, with `auto`: most bytes of the weight files, such as 14GB."
 TABLE_HELP = "Bits of the {}, 4 or 8. Left out: as stored."
+EXPORT_HELP = "gguf: keep `sign` to what `hf-qep export gguf` can write for llama.cpp without loss."
 ROOM_HELP = (
     "Activations kept in memory while quantising, such as 2GB; the rest goes to the disk. Left out: 8GiB, and block by "
     "block no more than half of the free memory."
@@ -50,7 +51,7 @@ DROP_HELP = (
 RECIPE = (
     "bits", "method", "max_memory", "group_size", "effort", "dataset", "num_samples", "seq_len", "batch_size",
     "propagation", "residual", "damping", "tune_epochs", "tune_lookahead", "distill_epochs", "distill_signs",
-    "embedding_bits", "head_bits", "seed",
+    "embedding_bits", "head_bits", "export", "seed",
 )  # fmt: skip
 """Options that are fields of QepConfig."""
 
@@ -77,6 +78,7 @@ def quantize_command(
     distill_signs: Annotated[bool | None, typer.Option(help=SIGNS_HELP)] = None,
     embedding_bits: Annotated[int | None, typer.Option(help=TABLE_HELP.format("word embeddings"))] = None,
     head_bits: Annotated[int | None, typer.Option(help=TABLE_HELP.format("output head"))] = None,
+    export: Annotated[str | None, typer.Option(help=EXPORT_HELP)] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and solvers.")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help="Module that stays float; may be repeated.")] = None,
     device: DeviceOption = "cpu",

@@ -26,6 +26,7 @@ from hf_qep.config import QepConfig
 from hf_qep.distill.teacher import Teacher
 from hf_qep.distill.tuned_linear import latents_of
 from hf_qep.engine.curvature import OutputCurvature
+from hf_qep.engine.equalizing import equalize
 from hf_qep.engine.masks import without_padding
 from hf_qep.engine.recipes import Recipe
 from hf_qep.engine.report import LayerReport, QuantizationReport
@@ -91,6 +92,8 @@ def quantize_block(job: Job, index: int, block: Block) -> None:
             job.curvature.reach(job, index)
     with job.timed("float pass"):
         float_sides = _float_pass(job, index, block)
+    if job.config.export is not None:
+        _equalize(job, block, float_sides)
     passes = 0
     for group, side in zip(block.groups, float_sides, strict=True):
         trim_heaps()  # what was freed is in pieces of other sizes than the next group needs
@@ -129,6 +132,13 @@ class FloatSide:
     stream: Stream
     """The group's input or, if `summed`, the sum that its output is a term of; empty without propagation."""
     summed: bool = False
+    factor: Tensor | None = None
+    """(in,): what the group's input has been multiplied by since."""
+
+    def input(self, batch: int, device: torch.device) -> Tensor:
+        """The group's input as its linears would read it now."""
+        kept = self.stream.get(batch, device)
+        return kept if self.factor is None else (kept * self.factor.to(device)).to(kept.dtype)
 
 
 def _float_pass(job: Job, index: int, block: Block) -> list[FloatSide]:
@@ -148,6 +158,12 @@ def _float_pass(job: Job, index: int, block: Block) -> list[FloatSide]:
         for batch in range(len(job.float_stream)):
             _step(job, index, block, job.float_stream, batch, device, advance=True)
     return kept
+
+
+def _equalize(job: Job, block: Block, sides: Sequence[FloatSide]) -> None:
+    factors = equalize(job.model, block, job.model.config.model_type)
+    for group, side in zip(block.groups, sides, strict=True):
+        side.factor = factors.get(group.linears[0])
 
 
 def _residual_writers(job: Job, block: Block) -> set[LinearRef]:
@@ -190,7 +206,7 @@ def _observe_batches(job: Job, index: int, block: Block, side: FloatSide, batche
         if side.summed:
             inputs[ref] = x
             return
-        moments[ref].update(kept(x), kept(side.stream.get(batch, device)) if len(side.stream) else None)
+        moments[ref].update(kept(x), kept(side.input(batch, device)) if len(side.stream) else None)
         if not experts:
             raise StopForward
 

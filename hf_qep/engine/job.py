@@ -12,6 +12,7 @@ from torch import nn
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_qep.architectures.families import eager_experts
+from hf_qep.architectures.feeds import FEEDS
 from hf_qep.architectures.skeleton import block_inputs, forward_only
 from hf_qep.architectures.structure import LinearRef, Structure
 from hf_qep.architectures.tables import Table, find_tables
@@ -173,6 +174,10 @@ def _recipes(
     refs = structure.linears()
     if not refs:
         raise ArchitectureError("skip_modules leaves nothing to quantise")
+    if config.export is not None and structure.family not in FEEDS:
+        raise ArchitectureError(
+            f'export="{config.export}" knows the families {", ".join(FEEDS)}, not {structure.family!r}; leave it out'
+        )
     if config.method == AUTO:
         return {}, bit_budget(model, refs, tables, config, stored_as)
     return uniform_recipes(refs, config), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_qep.architectures.parts import LinearRef
@@ -35,6 +35,7 @@ def uniform_recipes(refs: Iterable[LinearRef], config: QepConfig) -> dict[Linear
     found = {}
     for ref in refs:
         if ref.shape not in shapes:
-            shapes[ref.shape] = Recipe(config.method, method.spec(config.bits, config.group_size, *ref.shape))
+            spec = method.spec(config.bits, config.group_size, *ref.shape)
+            shapes[ref.shape] = Recipe(config.method, replace(spec, column_scale=False) if config.export else spec)
         found[ref] = shapes[ref.shape]
     return found

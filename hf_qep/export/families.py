@@ -16,8 +16,6 @@ import numpy as np
 from hf_qep.errors import ExportError
 
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,6 @@ class Family:
 
     architecture: str
     """Name in the files, and in upper case in the `gguf` package."""
-    feeds: dict[str, tuple[str, ...]]
-    """Norm of a layer -> all modules that read its output."""
     eps: tuple[str, str] = ("rms_norm_eps", "add_layer_norm_rms_eps")
     """Name in the configuration, and method of the writer."""
     pairs_side_by_side: bool = False
@@ -63,16 +59,13 @@ def _refuse(what: str) -> None:
     raise ExportError(f"llama.cpp does not know {what}; this model cannot be exported to it")
 
 
-_LLAMA_FEEDS = {"input_layernorm": _QKV, "post_attention_layernorm": _GATE_UP}
-_COHERE_FEEDS = {"input_layernorm": _QKV + _GATE_UP}
 FAMILIES = {
-    "llama": Family("llama", _LLAMA_FEEDS, pairs_side_by_side=True, facts=_everywhere_full),
-    "mistral": Family("llama", _LLAMA_FEEDS, pairs_side_by_side=True, facts=_everywhere_full),
-    "qwen2": Family("qwen2", _LLAMA_FEEDS, facts=_everywhere_full),
-    "qwen3": Family("qwen3", _LLAMA_FEEDS, facts=_everywhere_full),
+    "llama": Family("llama", pairs_side_by_side=True, facts=_everywhere_full),
+    "mistral": Family("llama", pairs_side_by_side=True, facts=_everywhere_full),
+    "qwen2": Family("qwen2", facts=_everywhere_full),
+    "qwen3": Family("qwen3", facts=_everywhere_full),
     "cohere2": Family(
         "cohere2",
-        _COHERE_FEEDS,
         eps=("layer_norm_eps", "add_layer_norm_eps"),
         head_is_embedding=True,
         facts=_cohere2,

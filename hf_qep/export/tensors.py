@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_qep.architectures.feeds import FACTOR, FEEDS
 from hf_qep.errors import CheckpointError, ExportError
 from hf_qep.export.blocks import block_type, interleaved, to_blocks
 from hf_qep.export.families import Family, columns_of, rope_factors, turned_heads
@@ -21,7 +22,6 @@ from hf_qep.reader import Checkpoint, Matrix, ReaderError
 Array = np.ndarray
 FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 """dtype of safetensors -> type of ggml."""
-_CHAIN = ("mlp.up_proj", "mlp.down_proj")
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -81,8 +81,9 @@ class Source:
             matrix = self.matrix(name)
             scales[name] = Scales(matrix.scale, matrix.column_scale)
         layers = [f"model.layers.{n}." for n in range(self.config["num_hidden_layers"])]
-        feeds = {at + norm: [at + name for name in names] for at in layers for norm, names in self.family.feeds.items()}
-        return fold(scales, feeds, [(at + _CHAIN[0], at + _CHAIN[1]) for at in layers])
+        own = FEEDS[self.config["model_type"]]
+        feeds = {at + norm: [at + name for name in names] for at in layers for norm, names in own.items()}
+        return fold(scales, feeds, [(at + FACTOR[0], at + FACTOR[1]) for at in layers])
 
     def order(self, module: str) -> Any:
         """Which row of the checkpoint is the next one in the file."""
