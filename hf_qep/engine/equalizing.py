@@ -30,6 +30,10 @@ def equalize(model: nn.Module, block: Block, family: str) -> dict[LinearRef, Ten
     """
     at, own = f"{block.name}.", {ref.name: ref for group in block.groups for ref in group.linears}
     factors: dict[LinearRef, Tensor] = {}
+    up, down = (own.get(at + name) for name in FACTOR)
+    if up is not None and down is not None:  # first, because the norm shall see the rows of up as they will be
+        factors[down] = _magnitudes([_weight(model, down.name)])
+        _multiply_rows(model, up.name, factors[down])
     for norm, readers in FEEDS[family].items():
         refs = [own.get(at + name) for name in readers]
         if None not in refs:
@@ -37,10 +41,6 @@ def equalize(model: nn.Module, block: Block, family: str) -> dict[LinearRef, Ten
             _set(model, at + norm, before * _magnitudes([_weight(model, ref.name) for ref in refs]))
             factor = torch.where(before == 0, 1.0, _weight(model, at + norm) / before)
             factors |= dict.fromkeys(refs, factor)
-    up, down = (own.get(at + name) for name in FACTOR)
-    if up is not None and down is not None:
-        factors[down] = _magnitudes([_weight(model, down.name)])
-        _multiply_rows(model, up.name, factors[down])
     for ref, factor in factors.items():
         _set(model, ref.name, _weight(model, ref.name) / factor)
     return factors
@@ -62,7 +62,7 @@ def _multiply_rows(model: nn.Module, name: str, factor: Tensor) -> None:
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
-    return model.get_submodule(name).weight.float()
+    return model.get_submodule(name).weight.data.float()
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:
