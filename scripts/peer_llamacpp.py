@@ -243,10 +243,36 @@ class Model:
         api.llama_memory_clear(api.llama_get_memory(self.context), True)
         began = time.perf_counter()
         token = self.next_token([3 + i * 7 % (self.vocab - 3) for i in range(prompt)], every)
-        first = time.perf_counter()
+        first, cpu = time.perf_counter(), time.process_time()
         for _ in range(new):
             token = self.next_token([token])
-        return {"prefill": first - began, "decode": time.perf_counter() - first}
+        seconds, cpu = time.perf_counter() - first, time.process_time() - cpu
+        return {"prefill": first - began, "decode": seconds, "decode_cpu": cpu}
+
+    def greedy(self, tokens: list[int], new: int) -> dict[str, list[int]]:
+        """The most likely token after these, `new` times."""
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        found = [self.next_token(tokens)]
+        while len(found) < new:
+            found.append(self.next_token(found[-1:]))
+        return {"tokens": found}
+
+    def logits(self, tokens: list[int], out: str) -> dict[str, int]:
+        """Write the logits float32 (tokens, vocabulary) to a file of numpy."""
+        import numpy as np
+
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        self.next_token(tokens, every=True)
+        rows = [self.api.llama_get_logits_ith(self.context, i) for i in range(len(tokens))]
+        np.save(out, np.stack([np.ctypeslib.as_array(row, (self.vocab,)) for row in rows]))
+        return {"tokens": len(tokens)}
+
+    def tokens(self, text: str) -> dict[str, list[int]]:
+        """What llama.cpp makes of a text, special tokens included."""
+        octets, vocab = text.encode(), self.api.llama_model_get_vocab(self.model)
+        held = (self.api.llama_token * (len(octets) + 2))()
+        count = self.api.llama_tokenize(vocab, octets, len(octets), held, len(held), True, True)
+        return {"tokens": list(held[:count])}
 
     def next_token(self, tokens: list[int], every: bool = False) -> int:
         """The most likely token after these and what is in the cache."""
@@ -278,9 +304,9 @@ class Server:
         self.models[name] = Model(**options)
         return {"seconds": self.models[name].seconds}
 
-    def run(self, name: str, **options: Any) -> dict[str, Any]:
-        """Seconds, see `Model.run`."""
-        return self.models[name].run(**options)
+    def ask(self, verb: str, name: str, **options: Any) -> dict[str, Any]:
+        """What a model answers: `run`, `greedy`, `logits` or `tokens`."""
+        return getattr(self.models[name], verb)(**options)
 
     def drop(self, name: str) -> dict[str, Any]:
         """Free a model."""
@@ -291,8 +317,7 @@ class Server:
         """Version and what the build uses of the processor."""
         import llama_cpp as api
 
-        uses = api.llama_print_system_info().decode()
-        return {"version": api.__version__, "uses": uses}
+        return {"version": api.__version__, "uses": api.llama_print_system_info().decode()}
 
 
 def serve() -> None:
@@ -303,7 +328,8 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            found = getattr(server, request.pop("verb"))(**request)
+            verb = request.pop("verb")
+            found = getattr(server, verb)(**request) if hasattr(server, verb) else server.ask(verb, **request)
         except Exception as error:  # the other side decides
             found = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(found), file=answers, flush=True)

@@ -221,14 +221,16 @@ def stored_bytes(folder: Path) -> int:
 
 
 class Stopwatch(tf.StoppingCriteria):
-    """Notes the time after every token and never stops."""
+    """Notes the time after every token, and that of the processor, and never stops."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.cpu: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """After a token."""
         self.times.append(time.perf_counter())
+        self.cpu.append(time.process_time())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -238,7 +240,7 @@ def prompt_of(shape: Shape, length: int) -> Tensor:
 
 
 def generate(model: PreTrainedModel, prompt: Tensor, new: int, cache: str | None = None) -> dict[str, float]:
-    """Seconds of `model.generate`: of the prompt to its first token, and of `new` further tokens.
+    """Seconds of `model.generate`: of the prompt to its first token, and of `new` more tokens (of the processor too).
 
     cache: None for the default; "static"; "compiled", which also compiles the step of a further token.
     """
@@ -257,7 +259,8 @@ def generate(model: PreTrainedModel, prompt: Tensor, new: int, cache: str | None
         stopping_criteria=tf.StoppingCriteriaList([watch]),
         **options,
     )
-    return {"prefill": watch.times[0] - began, "decode": watch.times[-1] - watch.times[0]}
+    decode = {"decode": watch.times[-1] - watch.times[0], "decode_cpu": watch.cpu[-1] - watch.cpu[0]}
+    return {"prefill": watch.times[0] - began} | decode
 
 
 def operators(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
