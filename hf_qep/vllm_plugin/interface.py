@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 from types import ModuleType, SimpleNamespace
 
-from hf_qep.errors import ConfigError
-from hf_qep.extras import require
+from hf_qep.errors import ConfigError, ExtraMissingError
 
 OLDEST = "0.33"
 """vLLM whose source these classes were written against; its interfaces move between minor versions."""
@@ -54,14 +54,19 @@ def layers() -> SimpleNamespace:
 
 
 def _take(wanted: dict[str, tuple[str, ...]]) -> SimpleNamespace:
-    vllm = require("vllm", "vllm")
+    try:
+        vllm = importlib.import_module("vllm")
+    except ImportError as error:  # no extra brings it: it pins torch and transformers, and is better installed first
+        raise ExtraMissingError(
+            f"this needs the package `vllm`, which is not installed; run: pip install 'vllm>={OLDEST}'"
+        ) from error
     found = {name: _attribute(vllm, module, name) for module, names in wanted.items() for name in names}
     return SimpleNamespace(**found)
 
 
 def _attribute(vllm: ModuleType, module: str, name: str) -> object:
     try:
-        return getattr(require("vllm", module), name)
+        return getattr(importlib.import_module(module), name)
     except (AttributeError, ImportError) as error:
         version = getattr(vllm, "__version__", "of unknown version")
         raise ConfigError(

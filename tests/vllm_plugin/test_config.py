@@ -125,7 +125,7 @@ def test_two_embeddings_without_a_name_cannot_be_told_apart(vllm):
 def test_without_vllm_the_error_says_what_to_install(monkeypatch):
     forget()
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ExtraMissingError, match=r"hf-qep\[vllm\]"):
+    with pytest.raises(ExtraMissingError, match="`vllm`, which is not installed; run: pip install"):
         vllm_plugin.register()
 
 

@@ -232,6 +232,27 @@ def test_an_embedding_whose_model_gives_no_config_is_packed_all_the_same(vllm):
         assert vllm.tables.VocabParallelEmbedding(128, WIDTH).weight.dtype == torch.float32
 
 
+@torch.no_grad()
+def test_layers_are_traced_into_one_graph(vllm):
+    names = [f"model.layers.0.self_attn.{p}_proj" for p in "qkv"]
+    quant_config = config_of({"model.embed_tokens": integer.Spec(8), names[0]: SIGN, names[1]: FACTORED})
+    with vllm.at(0, 1):
+        embedding = vllm.tables.VocabParallelEmbedding(128, WIDTH, quant_config=quant_config)
+        layer = vllm.linear.QKVParallelLinear(
+            WIDTH, HEAD, HEADS, KV_HEADS, False, quant_config=quant_config, prefix="model.layers.0.self_attn.qkv_proj"
+        )
+    load(embedding, matrix(integer.Spec(8), 128, WIDTH, 0)[0])
+    for key, spec, size in zip("qkv", (SIGN, FACTORED, None), layer.output_partition_sizes, strict=True):
+        load(layer, matrix(spec, size, WIDTH, 0)[0], key)
+    finish(layer)
+
+    def both(ids: Tensor) -> Tensor:
+        return layer.quant_method.apply(layer, embedding.quant_method.embedding(embedding, ids))
+
+    ids = torch.arange(7)
+    assert torch.equal(torch.compile(both, fullgraph=True, backend="eager")(ids), both(ids))
+
+
 def test_parameters_are_empty_so_that_vllm_misses_none(vllm):
     quant_config = config_of({"model.layers.0.mlp.down_proj": FACTORED})
     with vllm.at(0, 1):
