@@ -10,7 +10,8 @@ vLLM is imported before; `import hf_qep` does not import this.
     config      which layer gets which
     interface   what is taken from vLLM
 
-Written against the source of vLLM 0.33.0; not run on a GPU.
+Written against the source of vLLM 0.33.0; not run on a GPU.  Triton compiles and tunes at the first product of a shape,
+which vLLM makes before it captures a CUDA graph of that size.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from hf_qep.errors import CheckpointError, ConfigError
 from hf_qep.modules import QepLinear
-from hf_qep.registry import FORMATS
 from hf_qep.vllm_plugin import shards
 from hf_qep.vllm_plugin.interface import layers
 from hf_qep.vllm_plugin.windows import Key, Part, parts_of
@@ -101,7 +100,8 @@ class _LinearMethod:
             raise ConfigError(f"`{self.prefix}` has the shape {wanted} on this rank, and its parts have {held}")
         # A list hides them from vLLM, which would take parameters that no file names for missing ones.
         layer.qep_parts = [self._part(part, params_dtype) for part in found]
-        for leaf, dtype in self._leaves(params_dtype).items():
+        dtypes = {leaf: own.dtype for part in layer.qep_parts[::-1] for leaf, own in part.named_parameters()}
+        for leaf, dtype in dtypes.items():
             parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             parameter.weight_loader = partial(self._load, layer, leaf)
             layer.register_parameter(leaf, parameter)
@@ -113,15 +113,9 @@ class _LinearMethod:
         except ConfigError as error:
             raise ConfigError(f"`{part.name}` cannot be served like this: {error}") from error
 
-    def _leaves(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Names of all tensors that some part stores, and their dtypes."""
-        found: dict[str, torch.dtype] = {}
-        for spec in self.specs.values():
-            layout = {"weight": ((), dtype)} if spec is None else FORMATS.get(spec.format).layout(spec, 1, _width(spec))
-            found |= {leaf: kind for leaf, (_, kind) in layout.items() if leaf not in found}
-        return found
-
     def _load(self, layer: nn.Module, leaf: str, parameter: Tensor, loaded: Tensor, key: Key = None) -> None:
+        if isinstance(layer.qep_parts, nn.ModuleList):
+            raise ConfigError(f"`{self.prefix}` is served already, and packed weights cannot be loaded again")
         part = _part_for(layer.qep_parts, key, self.prefix)
         try:
             part.take(leaf, loaded)
@@ -146,11 +140,6 @@ class _LinearMethod:
             return parts[0](x, bias)
         biases = [None] * len(parts) if bias is None else bias.split([part.out_features for part in parts])
         return torch.cat([part(x, own) for part, own in zip(parts, biases, strict=True)], -1)
-
-
-def _width(spec: Any) -> int:
-    """A width that any spec can have; only the names of its tensors are wanted."""
-    return getattr(spec, "group_size", None) or 1
 
 
 def _part_for(parts: Sequence[Any], key: Key, prefix: str) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hf_qep.vllm_plugin import config, interface, linear, tables
-from tests.vllm_plugin import imitation
+from tests.vllm_plugin import checkpoints, imitation
 
 LAYERS = "vllm.model_executor.layers"
 CACHES = (
@@ -59,7 +60,8 @@ class Backend:
             patch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
 
 
-def _unimportable() -> str | None:
+def unimportable() -> str | None:
+    """Why the real vLLM cannot be tested here, or None."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
     try:
@@ -75,7 +77,7 @@ def _unimportable() -> str | None:
 def vllm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """A vLLM with the plugin registered."""
     real = request.param == "vllm"
-    if real and (reason := _unimportable()):
+    if real and (reason := unimportable()):
         pytest.skip(reason)
     if not real:
         for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
@@ -94,3 +96,17 @@ def forget() -> None:
     """Drop the classes that were made for one vLLM."""
     for cached in CACHES:
         cached.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def saved(
+    tiny_model: Callable, tiny_batch: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], checkpoints.Saved]:
+    """`saved(family)`: a quantised tiny model and its folder."""
+
+    @cache
+    def build(family: str) -> checkpoints.Saved:
+        batch = tiny_batch(family, batch_size=4)
+        return checkpoints.write(family, tiny_model(family), batch, tmp_path_factory.mktemp(family))
+
+    return build

@@ -13,6 +13,7 @@ from hf_qep.errors import CheckpointError, ConfigError
 from hf_qep.formats import factored, integer, sign
 from hf_qep.registry import FORMATS
 from hf_qep.vllm_plugin.config import config_class
+from hf_qep.vllm_plugin.windows import parts_of
 from tests.vllm_plugin.test_shards import packed
 
 WIDTH, HEAD, HEADS, KV_HEADS = 96, 8, 8, 2
@@ -109,7 +110,11 @@ def test_gate_and_up_in_the_dtype_of_the_model(vllm, ranks, specs, dtype):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("spec", [SIGN, sign.Spec(), FACTORED, factored.Spec(33)], ids=["sign", "rows", "flat", "33"])
+@pytest.mark.parametrize(
+    "spec",
+    [SIGN, sign.Spec(), FACTORED, factored.Spec(33), integer.Spec(4)],
+    ids=["sign", "rows", "flat", "33", "integer"],
+)
 def test_shares_of_divided_columns_add_up_and_the_bias_comes_once(vllm, ranks, spec):
     quant_config = config_of({"model.layers.0.mlp.down_proj": spec})
     tensors, weight = matrix(spec, 40, WIDTH, 0)  # 24 columns for each of 4 ranks: no whole word of signs
@@ -291,6 +296,16 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(vllm):
             load(layer, {"weight": torch.zeros(40, 4, dtype=torch.int32)})
 
 
+def test_weights_are_loaded_once(vllm):
+    tensors, _ = matrix(SIGN, 40, WIDTH, 0)
+    with vllm.at(0, 1):
+        layer = row_parallel(vllm, SIGN)
+        load(layer, tensors)
+        assert finish(finish(layer)).quant_method is layer.quant_method
+        with pytest.raises(ConfigError, match="cannot be loaded again"):
+            load(layer, tensors)
+
+
 def test_packed_signs_where_a_float_part_belongs_are_refused(vllm):
     quant_config = config_of({"model.layers.0.mlp.gate_proj": SIGN})
     with vllm.at(0, 1):
@@ -328,6 +343,18 @@ def test_parts_that_do_not_fit_the_layer_are_refused(vllm):
         vllm.linear.MergedColumnParallelLinear(
             WIDTH, [64, 64], False, quant_config=quant_config, prefix="model.layers.0.mlp.abc_proj"
         )
+
+
+def test_heads_that_the_processes_cannot_share_are_refused(vllm):
+    quant_config = config_of({"model.layers.0.self_attn.k_proj": SIGN})
+    prefix = "model.layers.0.self_attn.qkv_proj"
+    with vllm.at(0, 1):
+        layer = vllm.linear.QKVParallelLinear(
+            WIDTH, HEAD, HEADS, KV_HEADS, False, quant_config=quant_config, prefix=prefix
+        )
+    layer.tp_size, layer.tp_rank = 4, 3  # not what its heads were divided for
+    with pytest.raises(ConfigError, match="`q` has 8 heads, which 4 processes cannot share"):
+        parts_of(layer, prefix, [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"])
 
 
 def test_a_table_in_a_format_of_linears_is_refused(vllm):

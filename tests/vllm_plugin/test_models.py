@@ -3,67 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from hf_qep import QepConfig
-from hf_qep.engine.calibration import Calibration
-from hf_qep.engine.job import quantize_model
-from hf_qep.formats import factored, sign
-from tests.plugin.packing import pack_model, packable
+from tests.vllm_plugin.checkpoints import FAMILIES, Saved
 from tests.vllm_plugin.skeleton import MAPPING, Skeleton, load
 
-OPTIONS = {
-    "llama": {"method": "sign", "embedding_bits": 4, "head_bits": 8, "skip_modules": ["model.layers.0.mlp.up_proj"]},
-    "cohere2": {"method": "sign", "embedding_bits": 8},
-    "cohere2_vision": {"method": "rtn", "embedding_bits": 8},
-}
-FAMILIES = [*OPTIONS, "qwen3"]
-MIXED = {
-    sign.Spec(column_scale=True): ("q_proj", "gate_proj"),
-    factored.Spec(24, flat=True): ("k_proj", "o_proj", "down_proj"),
-    factored.Spec(20): ("v_proj",),
-}
-"""Formats of the linears of Qwen3, as method `auto` mixes them; `up_proj` stays float."""
 VISION = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
 """How vLLM renames what a model with images stores."""
-
-
-class Saved(NamedTuple):
-    """A quantised model and the folder that `save_pretrained` wrote."""
-
-    model: PreTrainedModel
-    folder: Path
-
-
-@pytest.fixture(scope="module")
-def saved(tiny_model: Callable, tiny_batch: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """`saved(family)`: a tiny model that our quantiser has packed."""
-
-    @cache
-    def build(family: str) -> Saved:
-        model, batch = tiny_model(family), tiny_batch(family, batch_size=4)
-        if family not in OPTIONS:
-            for spec, leaves in MIXED.items():
-                pack_model(model, spec, [name for name in packable(model) if name.endswith(leaves)])
-            return written(model, tmp_path_factory.mktemp(family))
-        config = QepConfig(num_samples=4, seq_len=16, distill_epochs=0, **OPTIONS[family])
-        quantize_model(model, config, Calibration(batch, {}, "", batch["input_ids"].numel()))
-        return written(model, tmp_path_factory.mktemp(family))
-
-    return build
-
-
-def written(model: PreTrainedModel, folder: Path) -> Saved:
-    model.save_pretrained(folder)
-    return Saved(model.eval(), folder)
 
 
 def served(vllm: Any, saved: Saved, ranks: int) -> list[Skeleton]:
