@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "adapters": MODEL | {"adapters"},
     "quantizer": ENGINE | {"on_the_fly", "quantizer"},
     "registration": MODEL | {"adapters", "quantizer", "registration"},
-    "hub": MODEL | {"architectures", "evaluation", "hub"},
+    "hub": MODEL | {"architectures", "evaluation", "export", "hub"},
     "remote_code": GROUND | {"remote_code"},
     "vllm_plugin": MODEL | {"vllm_plugin"},
     "reader": set(),

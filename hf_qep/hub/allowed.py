@@ -29,13 +29,17 @@ _ALLOWED = {
     "loader": f"{re.escape(LOADER)}|{re.escape(STUDENT_CODE)}",
     "plot": r"((plots|images|assets|figures|media)/)?\w[\w-]*\.(png|svg)",
     "specialist": r"(specialist|records|examples|preparation)\.json|teacher_prompt\.txt|support\.safetensors",
+    "gguf": r"\w[\w.-]*\.gguf",
     "result": r"\.eval_results/\w[\w.-]*\.ya?ml",
 }
 """Kind -> regular expression of the whole relative name."""
 
-MADE_LATER = {"card", "record", "licence", "plot", "result", "manifest", "specialist"}
+MADE_LATER = {"card", "record", "licence", "plot", "result", "manifest", "specialist", "gguf"}
 """Kinds that the manifest does not list: they are made from the checkpoint, or beside it, after it was written.
-`specialist` is what a student needs to be tried, in the Space `compare` beside its teacher or elsewhere."""
+`specialist` is what a student needs to be tried, in the Space `compare` beside its teacher or elsewhere; `gguf` is the
+same model for llama.cpp."""
+HOLD_TOKENS = ("vocabulary", "gguf")
+"""Kinds with the tokens of a tokenizer, some of which look like places on a disk."""
 REQUIRED = ("config.json", MANIFEST, "README.md")
 REQUIRED_OF_STUDENT = ("config.json", DISTILLATION, "README.md")
 """Besides STUDENT, where it was cut from its teacher."""

@@ -20,6 +20,7 @@ from hf_qep.files import canonical_json, sha256
 from hf_qep.hub import secrets
 from hf_qep.hub.allowed import (
     DISTILLATION,
+    HOLD_TOKENS,
     LOADER,
     MADE_LATER,
     REQUIRED,
@@ -29,6 +30,7 @@ from hf_qep.hub.allowed import (
     kind_of,
     list_files,
 )
+from hf_qep.hub.gguf_files import gguf_problems
 from hf_qep.hub.listed import listed_problems
 from hf_qep.hub.student_folder import AGAIN, CARD_COMMAND, read_student, student_problems
 from hf_qep.progress import SILENT, Progress
@@ -126,9 +128,9 @@ def check_folder(folder: Path, *, tokens: tuple[str, ...] = (), progress: Progre
         for name in names:
             path = folder / name
             report.files.append(LocalFile(name, path.stat().st_size, sha256(path)))
-            report.refuse(*secrets.scan(path, name, tokens=tokens, places=kind_of(name) != "vocabulary"))
+            report.refuse(*secrets.scan(path, name, tokens=tokens, places=kind_of(name) not in HOLD_TOKENS))
             bar.advance(detail=name)
-    records = (_check_student,) if report.is_student else (_check_manifest, _check_record)
+    records = (_check_student,) if report.is_student else (_check_manifest, _check_record, _check_gguf)
     for check in (_check_card, _check_weights, _check_config, _check_pictures, *records):
         try:
             check(report)
@@ -318,6 +320,10 @@ def _check_pictures(report: FolderReport) -> None:
 
 def _check_record(report: FolderReport) -> None:
     report.problems += record_problems(report.folder, {file.path: file.sha256 for file in report.files})
+
+
+def _check_gguf(report: FolderReport) -> None:
+    report.problems += gguf_problems(report.folder, [file.path for file in report.files])
 
 
 def _check_card(report: FolderReport) -> None:

@@ -26,6 +26,7 @@ from hf_qep.hub.allowed import (
     list_files,
 )
 from hf_qep.hub.cards.card import is_generated
+from hf_qep.hub.gguf_files import gguf_problems
 from hf_qep.hub.preflight import (
     RECORD,
     LocalFile,
@@ -215,6 +216,8 @@ def _check_files(subject: _Subject, report: VerifyReport) -> bool:
     if RECORD in subject.names:
         digests = {name: digest for name, (digest, _) in found.items()}
         checks["record, samples and results of the card"] = lambda: record_problems(subject.folder, digests)
+    if any(kind_of(name) == "gguf" for name in subject.names):
+        checks["GGUF files hold the weights of the checkpoint"] = lambda: gguf_problems(subject.folder, subject.names)
     for what, check in checks.items():
         try:
             report.note(what, check())

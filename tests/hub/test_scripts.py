@@ -115,13 +115,14 @@ def test_a_recipe_runs_from_plan_to_push_on_a_tiny_model_of_its_architecture(
     done = run_script(loopback_hub, "command_a.py", "run", name, *small, *texts)
     assert done.returncode == 0, done.stderr[-3000:]
     push = ("push", name, out, "--namespace", "alice")
-    tried = run_script(loopback_hub, "command_a.py", *push, "--dry-run")
-    assert tried.returncode == 0, tried.stdout[-2000:] + tried.stderr[-2000:]
     repo_id = f"alice/{recipe.card_name}"
-    assert not loopback_hub.has_repo(repo_id)
-    refused = run_script(loopback_hub, "command_a.py", *push, "--public")
-    assert refused.returncode == 2
-    assert "--accept-license" in refused.stderr
+    if name == "command-a":  # what is refused does not depend on the architecture
+        tried = run_script(loopback_hub, "command_a.py", *push, "--dry-run")
+        assert tried.returncode == 0, tried.stdout[-2000:] + tried.stderr[-2000:]
+        assert not loopback_hub.has_repo(repo_id)
+        refused = run_script(loopback_hub, "command_a.py", *push, "--public")
+        assert refused.returncode == 2
+        assert "--accept-license" in refused.stderr
     assert not loopback_hub.has_repo(repo_id)
     done = run_script(loopback_hub, "command_a.py", *push)
     assert done.returncode == 0, done.stderr[-3000:]
