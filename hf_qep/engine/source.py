@@ -24,7 +24,8 @@ from hf_qep.errors import AlreadyQuantizedError, CheckpointError, DiskSpaceError
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
 """Weights, configs and tokenizers; no pickles, no Python files. The README is read for the licence only."""
-NOT_DOWNLOADED = ["*/*", "consolidated*"]
+NOT_DOWNLOADED = [*(f"*/{pattern}" for pattern in DOWNLOADED if pattern != "*.jinja"), "consolidated*"]
+"""Nothing below the folder but the templates in `additional_chat_templates`."""
 
 SIZE_KEYS = re.compile(
     r"(moe_)?(hidden|intermediate|vocab|image|patch)_size|num_(hidden_layers|layers|attention_heads|key_value_heads|heads)"

@@ -23,6 +23,8 @@ SPARE_BYTES = 64 << 20
 
 _NOT_SETTINGS = ("tokenizer.json", "vocab.json", INDEX_FILE)
 """json files whose strings are tokens or tensor names, never paths."""
+_TEMPLATES = ("chat_template", "response_template", "response_schema")
+"""Settings whose strings are templates and regular expressions, which may look like paths: `\\s*<tool_call>\\s*`."""
 
 
 def save_checkpoint(
@@ -86,7 +88,7 @@ def _clean_settings(folder: Path, *, drop_code: bool) -> None:
         if path.name in _NOT_SETTINGS:
             continue
         settings = json.loads(path.read_text(encoding="utf-8"))
-        clean = without_folders(settings)
+        clean = {key: value if key in _TEMPLATES else without_folders(value) for key, value in settings.items()}
         if drop_code:
             clean = _without_code(clean)
         if clean != settings:
