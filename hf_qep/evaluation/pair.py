@@ -162,7 +162,7 @@ def compare_on_tasks(
             num_fewshot=options.num_fewshot,
             batch_size=options.batch_size,
             seed=options.seed,
-            quiet=not progress.visible,
+            progress=progress,
         )
 
     theirs = answer(float_model) if baseline_answers is None else baseline_answers

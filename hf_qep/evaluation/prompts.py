@@ -7,6 +7,7 @@ A task is a parquet, jsonl, json or csv file, or plain text. Its columns decide 
   context, continuation                    predict `continuation` word for word (LAMBADA); chance is taken as 0
   good, bad                                prefer the acceptable sentence of a minimal pair (BLiMP)
   question, choice0, choice1, ..., label   Japanese question, answer after it (JCommonsenseQA)
+  messages, tools, expected                call the expected tools (hf_qep.evaluation.tool_calls); generated, not chosen
   text                                     pick the last words of the sentences of this text; so is a txt file read
                                            (hf_qep.evaluation.cloze)
 
@@ -26,6 +27,7 @@ from typing import Any, Literal
 from hf_qep import extras
 from hf_qep.errors import ConfigError, UnknownNameError
 from hf_qep.evaluation.cloze import cloze_rows
+from hf_qep.evaluation.tool_calls import COLUMNS, CallTask, call_task
 
 Row = dict[str, Any]
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
@@ -143,7 +145,7 @@ def own_tasks(folder: Path) -> dict[str, Path]:
     return found
 
 
-def load_task(name: str, path: Path, *, limit: int | None = None, seed: int = 0) -> LocalTask:
+def load_task(name: str, path: Path, *, limit: int | None = None, seed: int = 0) -> LocalTask | CallTask:
     """Read and render one task.
 
     limit: score so many items, drawn without replacement with `seed` and kept in file order (files are often sorted
@@ -159,6 +161,8 @@ def load_task(name: str, path: Path, *, limit: int | None = None, seed: int = 0)
         raise ConfigError(f"limit={limit} must be at least 1")
     if limit is not None and limit < total:
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(total), limit))]
+    if rows[0].keys() >= COLUMNS:
+        return call_task(name, rows, total)
     form = _form_of(name, rows[0], path)
     items = []
     for number, row in enumerate(rows):
@@ -208,7 +212,7 @@ def _form_of(name: str, row: Row, path: Path) -> str:
     for form_name, form in FORMS.items():
         if form.columns <= row.keys():
             return form_name
-    layouts = "; ".join(", ".join(sorted(form.columns)) for form in FORMS.values())
+    layouts = "; ".join(", ".join(sorted(c)) for c in (*(form.columns for form in FORMS.values()), COLUMNS))
     raise UnknownNameError(
         f"the columns of {path.name!r} ({', '.join(row)}) fit no task layout; known layouts: {layouts}"
     )

@@ -27,6 +27,7 @@ from torch import nn
 
 from hf_qep.evaluation import schema
 from hf_qep.evaluation.environment import Environment
+from hf_qep.evaluation.greedy import continue_greedily
 from hf_qep.evaluation.json_file import JsonFile
 from hf_qep.evaluation.record import EvalRecord
 from hf_qep.evaluation.speed import generates_text
@@ -140,7 +141,9 @@ def record_samples(
     with progress.bar("samples", len(prompts), "prompt") as bar:
         for prompt, note in prompts:
             ids = _encode(tokenizer, prompt, chat=note is not None)
-            theirs, ours = (_continue(m, ids, tokenizer, max_new_tokens) for m in (float_model, quantized_model))
+            theirs, ours = (
+                continue_greedily(m, ids, tokenizer, max_new_tokens) for m in (float_model, quantized_model)
+            )
             said = [tokenizer.decode(out, skip_special_tokens=True) for out in (theirs, ours)]
             items.append(SampleItem(prompt, *said, agreement(theirs, ours), note))
             bar.advance()
@@ -209,32 +212,3 @@ def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> torch.Tensor:
     messages = [{"role": "user", "content": prompt}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     return torch.tensor([ids["input_ids"]])
-
-
-def _continue(model: Any, ids: torch.Tensor, tokenizer: Any, max_new_tokens: int) -> list[int]:
-    """New tokens after `ids`, the most probable one each time.
-
-    An own loop, because `generate` mixes in what the model's generation config prefers, such as a repetition penalty.
-    """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    ends = _ends(model, tokenizer)
-    step = all_ids = ids.to(next(model.parameters()).device)
-    cache, found = None, []
-    with torch.inference_mode():
-        for _ in range(min(max_new_tokens, longest - ids.shape[1])):
-            out = model(input_ids=step, past_key_values=cache, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
-            if token.item() in ends:
-                break
-            found.append(int(token))
-            all_ids = torch.cat([all_ids, token.to(all_ids.device)], dim=1)
-            cache = getattr(out, "past_key_values", None)
-            step = all_ids if cache is None else all_ids[:, -1:]
-    return found
-
-
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end a text."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = own if isinstance(own, list) else [own]
-    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}

@@ -1,5 +1,7 @@
 """Multiple-choice and cloze tasks through lm_eval (extra "eval"), on models in memory and without network.
 
+Tool calls (hf_qep.evaluation.tool_calls) are tasks too; they are generated here, without lm_eval.
+
 A task is named in one of three ways: `name=FILE` (a local file), `name` or `own:name` (a file of the tasks folder),
 or `name` alone without such a file: a task of lm_eval itself, whose data lm_eval fetches from the Hub.
 acc picks the likeliest option, acc_norm the likeliest per character of the option (lm_eval's definitions).
@@ -25,6 +27,8 @@ from hf_qep.errors import ConfigError, UnknownNameError
 from hf_qep.evaluation.estimates import Estimate
 from hf_qep.evaluation.prompts import FORMS, LocalTask, load_task, own_tasks
 from hf_qep.evaluation.retention import NEAR_CHANCE_STDERRS, Retention, paired_retention
+from hf_qep.evaluation.tool_calls import CallTask, answer_calls
+from hf_qep.progress import SILENT, Progress
 
 SCORES = ("acc", "acc_norm", "exact_match")
 """Item scores that are kept; each is 0 or 1 per item."""
@@ -34,7 +38,7 @@ SCORES = ("acc", "acc_norm", "exact_match")
 class TaskMetric:
     """One score of both models on the same items."""
 
-    name: Annotated[str, "acc, acc_norm or exact_match"]
+    name: Annotated[str, "acc, acc_norm or exact_match; of tool calls also tool_name and parsed"]
     baseline: Annotated[Estimate, "float model"]
     subject: Annotated[Estimate, "quantised model"]
     retention: Annotated[Retention, "what the quantised model retains"]
@@ -62,7 +66,7 @@ class Task:
     """A task to run: rendered items of a local file, or None for a task lm_eval brings."""
 
     name: str
-    local: LocalTask | None
+    local: LocalTask | CallTask | None
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def answer_tasks(
     batch_size: int = 8,
     max_length: int | None = None,
     seed: int = 0,
-    quiet: bool = True,
+    progress: Progress = SILENT,
 ) -> dict[str, Answers]:
     """Let one model answer `tasks`.
 
@@ -121,14 +125,20 @@ def answer_tasks(
     max_length: longest prompt in tokens, cut from the left; default: the model's longest input.
     Raises ConfigError for solved examples with a local file: it holds test items only, none to show.
     """
-    if not tasks:
-        return {}
     if num_fewshot and (local := [task.name for task in tasks if task.local]):
         raise ConfigError(f"num_fewshot={num_fewshot} is not possible with the task file {local[0]!r}; use 0")
+    called = {
+        task.name: Answers(answer_calls(model, tokenizer, task.local, progress=progress), task.local.chance)
+        for task in tasks
+        if isinstance(task.local, CallTask)
+    }
+    tasks = [task for task in tasks if task.name not in called]
+    if not tasks:
+        return called
     lm_eval = extras.require("eval", "lm_eval")
     huggingface = extras.require("eval", "lm_eval.models.huggingface")
     manager, configs = _task_manager(tasks, num_fewshot)
-    with _hushed(quiet):
+    with _hushed(not progress.visible):
         lm = huggingface.HFLM(
             pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, max_length=max_length
         )
@@ -146,7 +156,7 @@ def answer_tasks(
             fewshot_random_seed=seed,
         )
     by_name = {task.name: task for task in tasks}
-    return {name: _answers(name, rows, by_name.get(name)) for name, rows in results["samples"].items()}
+    return called | {name: _answers(name, rows, by_name.get(name)) for name, rows in results["samples"].items()}
 
 
 def _task_manager(tasks: Sequence[Task], num_fewshot: int) -> tuple[Any, list[Any]]:
@@ -234,7 +244,7 @@ def compare_answers(
 
 
 def _result(
-    name: str, local: LocalTask | None, baseline: Answers, subject: Answers, num_fewshot: int, seed: int
+    name: str, local: LocalTask | CallTask | None, baseline: Answers, subject: Answers, num_fewshot: int, seed: int
 ) -> TaskResult:
     metrics = tuple(
         TaskMetric(key, *paired_retention(scores, subject.scores[key], baseline.chance))
@@ -255,7 +265,7 @@ def _result(
     )
 
 
-def _majority_note(metrics: Sequence[TaskMetric], local: LocalTask | None) -> str | None:
+def _majority_note(metrics: Sequence[TaskMetric], local: LocalTask | CallTask | None) -> str | None:
     if local is None or local.majority is None:
         return None
     weak = [

@@ -24,6 +24,7 @@ from hf_qep.hub.cards.numbers import (
 MOST_SHAPES = 3
 """Shapes of one family that are listed."""
 _UNITS = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised", "exact_match": "exact match"}
+_UNITS |= {"tool_name": "right tool", "parsed": "readable calls"}
 
 
 def evaluation_table(facts: CardFacts) -> Markdown:
