@@ -33,5 +33,5 @@ $(VENV)/.base: $(RECIPE)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) install -q -c constraints.txt -e '.[dev,eval,bench,space,gpu,distill,gguf]'
+	$(PIP) install -q -c constraints.txt -e '.[dev,eval,bench,space,gpu,distill,gguf,agent]'
 	touch $@

@@ -17,6 +17,7 @@ MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 HEAVY = ("torch", "transformers")
 OPTIONAL = ("datasets", "lm_eval", "gradio", "peft", "sklearn", "evaluate", "pyarrow", "optuna", "scipy", "gguf")
 OPTIONAL += ("triton", "gemlite", "matplotlib", "PIL", "vllm")
+OPTIONAL += ("openai", "fastapi", "uvicorn", "smolagents")
 
 GROUND = {"errors", "extras", "registry", "progress", "files", "bitorder", "heaps", "public_names"}
 FORMATS = GROUND | {"formats", "kernels"}
@@ -45,6 +46,8 @@ MAY_IMPORT = {
     "quantizer": ENGINE | {"on_the_fly", "quantizer"},
     "registration": MODEL | {"adapters", "quantizer", "registration"},
     "hub": MODEL | {"architectures", "evaluation", "export", "hub"},
+    "serving": GROUND | {"serving"},
+    "startup": GROUND | {"startup"},
     "remote_code": GROUND | {"remote_code"},
     "vllm_plugin": MODEL | {"vllm_plugin"},
     "reader": set(),

@@ -28,6 +28,7 @@ COMMANDS = {
     "demo": "hf_qep.cli.demo:demo_command",
     "distill": "hf_qep.cli.distill:app",
     "export": "hf_qep.cli.export:app",
+    "serve": "hf_qep.cli.serve:serve_command",
     "card": "hf_qep.cli.card:card_command",
     "push": "hf_qep.cli.push:push_command",
     "verify": "hf_qep.cli.verify:verify_command",
