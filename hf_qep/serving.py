@@ -31,8 +31,9 @@ REQUEST_FIELDS = ("messages", "role", "type", "text", "name", "arguments", "func
 def serve(arguments: Sequence[str]) -> None:
     """Run `transformers serve` with these command-line arguments in this process, until it is told to stop.
 
-    Raises ExtraMissingError without the packages of the extra `serve`, ConfigError if this version of transformers has
-    no server of the known form, SystemExit for arguments that it refuses.
+    Raises ExtraMissingError without the packages of the extra `serve`, CheckpointError for a model that cannot be had,
+    ConfigError if this version of transformers has no server of the known form, SystemExit for arguments that it
+    refuses.
     """
     for module in NEEDED:
         require("serve", module)
@@ -41,7 +42,10 @@ def serve(arguments: Sequence[str]) -> None:
 
     logged = require("serve", "uvicorn.config").LOGGING_CONFIG
     logged["handlers"]["access"]["stream"] = "ext://sys.stderr"  # standard output is for values alone
-    app(["serve", *arguments], prog_name="transformers")
+    try:
+        app(["serve", *arguments], prog_name="transformers")
+    except OSError as error:  # of the model that is loaded before the server starts
+        raise CheckpointError(f"the model cannot be served: {_first_line(error)}") from error
 
 
 def put_right() -> None:
@@ -85,14 +89,19 @@ def _with_answers(build_server: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _naming_the_model(load: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load)
     def load_named(name: str, *args: Any, **kwargs: Any) -> Any:
         try:
             return load(name, *args, **kwargs)
         except OSError as error:
-            why = str(error).strip().partition("\n")[0]
-            raise CheckpointError(f"the model {name.removesuffix('@main')!r} cannot be had: {why}") from error
+            raise CheckpointError(
+                f"the model {name.removesuffix('@main')!r} cannot be had: {_first_line(error)}"
+            ) from error
 
     return load_named
 

@@ -67,7 +67,7 @@ def test_templates_and_what_reads_the_answers_are_the_same_afterwards(original, 
 
 def test_quantising_while_loading_leaves_the_template_alone(original, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(original)
-    config = QepConfig(dataset=["a b c d e f g h " * 8], num_samples=1, seq_len=32, tokenizer=tokenizer)
+    config = QepConfig(dataset=["a b c d e f g h " * 64], num_samples=8, seq_len=96, tokenizer=tokenizer)
     model = AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
     model.save_pretrained(tmp_path / "packed")
     tokenizer.save_pretrained(tmp_path / "packed")
