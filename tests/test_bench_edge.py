@@ -67,7 +67,7 @@ def test_differences_are_those_of_two_distributions(bench):
 
 
 def test_llama_cpp_computes_the_same(bench, made):
-    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which `hf-qep[llama-cpp]` builds in some minutes")
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which pip builds in some minutes")
     args = bench.read_arguments(["agree", "--checkpoint", str(made / "1bit"), "--llamacpp", sys.executable])
     found = bench.agree_command(args)
     assert found["tokens_are_the_same"] and found["kl"] < 0.01 and found["logits_error"] < 0.05

@@ -14,7 +14,7 @@ from hf_qep.export.vocabulary import vocabulary, write
 from tests.export import folders
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf, which `make install` brings")
-llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which no extra brings")
+llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which pip builds in some minutes")
 DEMO = Path(hf_qep.__file__).parent / "demo_model"
 
 
