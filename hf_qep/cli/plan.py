@@ -11,6 +11,7 @@ from hf_qep.cli.quantize import (
     BITS_HELP,
     DISTILL_HELP,
     EFFORT_HELP,
+    EXPORT_HELP,
     LOOKAHEAD_HELP,
     MEMORY_HELP,
     METHOD_HELP,
@@ -35,6 +36,7 @@ CHUNK_HELP = "Tokens of a prompt that are read at a time while decoding."
 RECIPE = (
     "bits", "method", "max_memory", "group_size", "effort", "num_samples", "seq_len", "batch_size", "propagation",
     "residual", "tune_epochs", "tune_lookahead", "distill_epochs", "distill_signs", "embedding_bits", "head_bits",
+    "export",
 )  # fmt: skip
 """Options that are fields of QepConfig."""
 
@@ -64,6 +66,7 @@ def plan_command(
     distill_signs: Annotated[bool | None, typer.Option(help=SIGNS_HELP)] = None,
     embedding_bits: Annotated[int | None, typer.Option(help=TABLE_HELP.format("word embeddings"))] = None,
     head_bits: Annotated[int | None, typer.Option(help=TABLE_HELP.format("output head"))] = None,
+    export: Annotated[str | None, typer.Option(help=EXPORT_HELP)] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Module that stays float; may be repeated.")] = None,
     quiet: output.QuietOption = False,
     as_json: output.JsonOption = False,

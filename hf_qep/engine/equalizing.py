@@ -13,9 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_qep.architectures.access import get_bias, get_weight
 from hf_qep.architectures.feeds import FACTOR, FEEDS
 from hf_qep.architectures.parts import Block, LinearRef
 
+PANEL_WEIGHTS = 1 << 22
+"""Weights whose magnitudes are added at a time; nothing else takes memory."""
 SMALLEST = 1e-3
 """Least magnitude of a column in units of the mean; a column of zeros stays where it is."""
 
@@ -32,39 +35,29 @@ def equalize(model: nn.Module, block: Block, family: str) -> dict[LinearRef, Ten
     factors: dict[LinearRef, Tensor] = {}
     up, down = (own.get(at + name) for name in FACTOR)
     if up is not None and down is not None:  # first, because the norm shall see the rows of up as they will be
-        factors[down] = _magnitudes([_weight(model, down.name)])
-        _multiply_rows(model, up.name, factors[down])
+        factors[down] = _magnitudes([get_weight(model, down)])
+        get_weight(model, up).mul_(factors[down][:, None])
+        if (bias := get_bias(model, up)) is not None:
+            bias.mul_(factors[down])
     for norm, readers in FEEDS[family].items():
         refs = [own.get(at + name) for name in readers]
         if None not in refs:
-            before = _weight(model, at + norm)
-            _set(model, at + norm, before * _magnitudes([_weight(model, ref.name) for ref in refs]))
-            factor = torch.where(before == 0, 1.0, _weight(model, at + norm) / before)
-            factors |= dict.fromkeys(refs, factor)
+            weight = model.get_submodule(at + norm).weight.data
+            before = weight.float().clone()
+            weight.mul_(_magnitudes([get_weight(model, ref) for ref in refs]))
+            factors |= dict.fromkeys(refs, torch.where(before == 0, 1.0, weight.float() / before))
     for ref, factor in factors.items():
-        _set(model, ref.name, _weight(model, ref.name) / factor)
+        get_weight(model, ref).div_(factor)
     return factors
 
 
 def _magnitudes(weights: Sequence[Tensor]) -> Tensor:
-    """(in,): mean magnitude of each column over all rows of all weights; the geometric mean of all is 1."""
-    sums = sum(weight.abs().sum(0) for weight in weights)
+    """float32 (in,): mean magnitude of each column over all rows of all weights; the geometric mean of all is 1."""
+    sums = sum(
+        panel.abs().sum(0, dtype=torch.float32)
+        for weight in weights
+        for panel in weight.split(max(1, PANEL_WEIGHTS // weight.shape[1]))
+    )
     found = sums / sums.mean().clamp_min(torch.finfo(torch.float32).tiny)
     found = torch.where(found < SMALLEST, 1.0, found)
     return found / found.log().mean().exp()
-
-
-def _multiply_rows(model: nn.Module, name: str, factor: Tensor) -> None:
-    _set(model, name, _weight(model, name) * factor[:, None])
-    bias = getattr(model.get_submodule(name), "bias", None)
-    if bias is not None:
-        bias.data = (bias.float() * factor).to(bias.dtype)
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    return model.get_submodule(name).weight.data.float()
-
-
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
-    parameter = model.get_submodule(name).weight
-    parameter.data = value.to(parameter.dtype)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_qep.architectures.parts import LinearRef
-from hf_qep.config import QepConfig
+from hf_qep.config import EXPORTS, QepConfig
+from hf_qep.errors import ConfigError
 from hf_qep.registry import FORMATS, METHODS
 
 
@@ -34,6 +35,11 @@ def uniform_recipes(refs: Iterable[LinearRef], config: QepConfig) -> dict[Linear
     shapes: dict[tuple[int, int], Recipe] = {}
     found = {}
     for ref in refs:
+        if config.export is not None and ref.in_features % EXPORTS[config.export]:
+            raise ConfigError(
+                f'`{ref.name}` has {ref.in_features} columns, and export="{config.export}" needs a multiple of '
+                f"{EXPORTS[config.export]}; keep it float with skip_modules, or leave export out"
+            )
         if ref.shape not in shapes:
             spec = method.spec(config.bits, config.group_size, *ref.shape)
             shapes[ref.shape] = Recipe(config.method, replace(spec, column_scale=False) if config.export else spec)

@@ -19,7 +19,9 @@ from hf_qep.files import canonical_json
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 """Tokens of context that are looked at if none is named, as far as the model goes."""
-_OUTPUT_OPTIONS = ("bits", "method", "max_memory", "group_size", "skip_modules", "embedding_bits", "head_bits")
+_OUTPUT_OPTIONS = (
+    *("bits", "method", "max_memory", "group_size", "export", "skip_modules", "embedding_bits", "head_bits"),
+)
 
 
 @dataclass(frozen=True)
