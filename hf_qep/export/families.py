@@ -74,6 +74,13 @@ FAMILIES = {
 """`model_type` of transformers -> family."""
 
 
+class Facts(dict[str, Any]):
+    """config.json as a dictionary that says what it lacks. Raises ExportError for a missing key."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ExportError(f"config.json says nothing about {key!r}, which llama.cpp must be told")
+
+
 def family_of(config: dict[str, Any]) -> Family:
     """The family of a model's configuration. Raises ExportError if it is not one of FAMILIES."""
     kind, known = config.get("model_type"), ", ".join(FAMILIES)

@@ -15,7 +15,7 @@ from hf_qep.engine.headers import MANIFEST, read_json
 from hf_qep.errors import CheckpointError, ExportError
 from hf_qep.export import vocabulary
 from hf_qep.export.check import Comparison, compare, compare_facts
-from hf_qep.export.families import add_facts, family_of
+from hf_qep.export.families import Facts, add_facts, family_of
 from hf_qep.export.tensors import Planned, Source, open_checkpoint, plan_tensors
 from hf_qep.extras import require
 from hf_qep.files import write_file_aside
@@ -89,7 +89,7 @@ def check_gguf(path: Path, folder: Path, *, pre: str | None = None, progress: Pr
 
 def _opened(folder: Path) -> tuple[Source, list[Planned]]:
     require("gguf", "gguf")
-    config = read_json(folder / "config.json")
+    config = Facts(read_json(folder / "config.json"))
     family = family_of(config)
     source = Source(open_checkpoint(folder), config, family)
     return source, plan_tensors(source)

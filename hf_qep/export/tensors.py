@@ -67,6 +67,11 @@ class Source:
         self.kinds = {name: block_type(self.matrix(name), name) for name in checkpoint.modules}
         self.folds = self._fold()
 
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.config.get("tie_word_embeddings", self.family.head_is_embedding)
+
     def matrix(self, module: str) -> Matrix:
         """The packed matrix of a module, as it is stored."""
         try:
@@ -130,8 +135,8 @@ def plan_tensors(source: Source) -> list[Planned]:
     found = [*_packed(source, names), *_floats(source, names)]
     if (factors := rope_factors(source.config)) is not None:
         found.append(Planned("rope_freqs.weight", "rope_parameters", "F32", factors.shape, lambda: factors))
-    missing = {"token_embd.weight", "output_norm.weight"} - {t.name for t in found}
-    if missing:
+    needed = {"token_embd.weight", "output_norm.weight"} | (set() if source.tied else {"output.weight"})
+    if missing := needed - {t.name for t in found}:
         raise CheckpointError(f"the checkpoint holds no tensor for {sorted(missing)}; it is not a whole language model")
     return sorted(found, key=lambda t: _position(t.name))
 
@@ -146,10 +151,9 @@ def _packed(source: Source, names: _Names) -> Iterator[Planned]:
 def _floats(source: Source, names: _Names) -> Iterator[Planned]:
     entries = source.checkpoint.entries
     packed = {stored for module in source.checkpoint.modules.values() for stored in module.tensors.values()}
-    tied = source.config.get("tie_word_embeddings", source.family.head_is_embedding)
     for stored, entry in entries.items():
         module, _, leaf = stored.rpartition(".")
-        if stored in packed or (tied and module == _HEAD) or 0 in entry.shape:
+        if stored in packed or (source.tied and module == _HEAD) or 0 in entry.shape:
             continue
         if entry.dtype not in FLOATS or len(entry.shape) not in (1, 2):
             raise ExportError(f"`{stored}` is {entry.dtype} of shape {entry.shape}; llama.cpp has no place for it")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_qep.errors import CheckpointError, ExportError, OutputExistsError
@@ -189,6 +190,28 @@ def test_another_family_a_float_model_and_a_file_in_the_way(checkpoint, tmp_path
     with pytest.raises(OutputExistsError):
         export_gguf(checkpoint("llama")[1], tmp_path / "m.gguf")
     assert (tmp_path / "m.gguf").read_text() == "mine"
+
+
+def test_a_config_or_checkpoint_that_lacks_something_is_refused(checkpoint, tmp_path):
+    _, folder = checkpoint("llama")
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rms_norm_eps"}))
+    with pytest.raises(ExportError, match="says nothing about 'rms_norm_eps'"):
+        export_gguf(tmp_path, tmp_path / "m.gguf")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("lm_head.weight", "model.norm.weight"):
+        left = {key: value for key, value in tensors.items() if key != name}
+        save_file(left, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match="holds no tensor for"):
+            export_gguf(tmp_path, tmp_path / "m.gguf")
+    save_file(
+        tensors | {"model.extra.weight": torch.ones(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(ExportError, match="no place for `model.extra.weight`"):
+        export_gguf(tmp_path, tmp_path / "m.gguf")
 
 
 def test_linears_that_stayed_float_keep_their_type(checkpoint, tmp_path):

@@ -11,9 +11,7 @@ from hf_qep.export.gguf_file import export_gguf
 from tests.export.conftest import LLAMA3, YARN
 
 pytest.importorskip("gguf", reason="needs the package gguf, which `make install` brings")
-llama_cpp = pytest.importorskip(
-    "llama_cpp", reason="needs llama-cpp-python, which pip builds in some minutes"
-)
+llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which pip builds in some minutes")
 TEXT = "The old man opened the door, and the wind from the sea came in with the smell of salt and of old wood."
 ROUNDING = 0.03
 """llama.cpp rounds what enters a packed linear to 8 bits, 32 numbers to a scale; in standard deviations of logits."""
