@@ -2,7 +2,7 @@
 # make test   the whole test suite
 # make lint   style only
 PYTHON ?= python3
-PYTEST_FLAGS ?= -q -rs -n auto --dist loadfile
+PYTEST_FLAGS ?= -q -rs -n auto --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -13,8 +13,9 @@ RECIPE := pyproject.toml setup.py constraints.txt
 demo: $(VENV)/.base
 	HF_HUB_OFFLINE=1 $(BIN)/hf-qep demo
 
+# Compiled files of the package are kept, for many tests start processes of their own.
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

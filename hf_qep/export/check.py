@@ -22,8 +22,9 @@ from hf_qep.progress import SILENT, Progress
 Array = np.ndarray
 PANEL = 1 << 22
 """Weights that are made dense at a time."""
+ARCHITECTURE = "general.architecture"
 FREE = ("general.", "GGUF.")
-"""Beginnings of keys that a user may change: name, description, licence."""
+"""Beginnings of keys that a user may change, but for ARCHITECTURE: name, description, licence."""
 
 
 @dataclass
@@ -71,10 +72,11 @@ def compare(path: Path, source: Source, planned: Sequence[Planned], *, progress:
 def compare_facts(path: Path, expected: dict[str, Any]) -> list[str]:
     """Differences between the facts of a file and those that would be written (key -> value), besides FREE ones."""
     fields = open_gguf(path).fields
-    differs = []
-    for key, value in expected.items():
-        if key.startswith(FREE):
-            continue
+    bound = [key for key in {**expected, **fields} if key == ARCHITECTURE or not key.startswith(FREE)]
+    differs = [
+        f"{key} is {_brief(_contents(fields[key]))}, and should not be there" for key in bound if key not in expected
+    ]
+    for key, value in ((key, expected[key]) for key in bound if key in expected):
         there = _contents(fields[key]) if key in fields else None
         if not _same(there, value):
             differs.append(f"{key} is {_brief(there)}, not {_brief(value)}")

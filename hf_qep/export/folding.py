@@ -3,9 +3,9 @@
     W[i, j] = row_scale[i, g] * column_scale[j] * sign[i, j]
 
 The modules that read a norm may give it the scales that they have in common, W n(x) = (W / c) (c n)(x); those of
-down_proj go to the rows of up_proj, which is a factor of its input.  This is exact where all readers have the same
-scales and the products are numbers of their type.  What remains of a column scale is lost: its mean over a block goes
-to the row scale, which is the least squared error with these signs.
+down_proj go to the rows and the bias of up_proj, which is a factor of its input.  This is exact where all readers have
+the same scales and the products are numbers of their type.  What remains of a column scale is lost: its mean over a
+block goes to the row scale, which is the least squared error with these signs.
 """
 
 from __future__ import annotations
@@ -53,11 +53,9 @@ def fold(scales: Mapping[str, Scales], feeds: Mapping[str, Sequence[str]], chain
     """
     found = Folds()
     left = {name: s.columns.astype(np.float32) for name, s in scales.items() if s.columns is not None}
-    rows = {name: s.rows.astype(np.float32) for name, s in scales.items()}
     for up, down in chains:
-        if down in left and up in rows:
+        if down in left and up in scales:
             found.given[down] = found.taken[up] = left.pop(down)
-            rows[up] = rows[up] * found.taken[up][:, None]
     for norm, readers in feeds.items():
         if not all(name in left for name in readers):
             continue
@@ -65,7 +63,9 @@ def fold(scales: Mapping[str, Scales], feeds: Mapping[str, Sequence[str]], chain
         for name in readers:
             found.given[name] = common
             left[name] = np.divide(left[name], common, out=np.ones_like(common), where=common != 0)
-    for name, exact in rows.items():
+    for name in (name for name in scales if name in left or name in found.taken):
+        exact, taken = scales[name].rows.astype(np.float32), found.taken.get(name)
+        exact = exact if taken is None else exact * taken[:, None]
         weights = _Weights(exact, left.get(name), found.given.get(name))
         half = weights.best.astype(np.float16)
         if not np.array_equal(half, scales[name].rows):

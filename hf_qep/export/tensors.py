@@ -22,7 +22,7 @@ from hf_qep.reader import Checkpoint, Matrix, ReaderError
 Array = np.ndarray
 FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 """dtype of safetensors -> type of ggml."""
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Source:
         value = value[self.order(module)]
         if value.ndim > 1:
             return value
-        value = value.astype(np.float32)
-        return value * self.folds.norms[module] if leaf == "weight" and module in self.folds.norms else value
+        moved = self.folds.norms if leaf == "weight" else self.folds.taken
+        return value.astype(np.float32) * moved[module] if module in moved else value.astype(np.float32)
 
 
 def _check_format(name: str, form: str, experts: int | None) -> None:

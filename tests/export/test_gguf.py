@@ -133,6 +133,15 @@ def test_column_scales_are_refused_with_what_they_cost_unless_accepted(checkpoin
     assert check_gguf(tmp_path / "m.gguf", folder).differs == []
 
 
+def test_a_bias_of_up_takes_what_its_rows_take(checkpoint, tmp_path):
+    model, folder = checkpoint("llama", sign.Spec(group_size=128, column_scale=True), mlp_bias=True)
+    export_gguf(folder, tmp_path / "m.gguf", approximate=True)
+    found, layer = tensors_of(tmp_path / "m.gguf"), model.model.layers[0].mlp
+    scales = layer.down_proj.state_dict()["column_scale"].float()
+    assert np.array_equal(found["blk.0.ffn_up.bias"].data, (layer.up_proj.bias.float() * scales).detach().numpy())
+    assert np.array_equal(found["blk.0.ffn_gate.bias"].data, layer.gate_proj.bias.float().detach().numpy())
+
+
 def test_facts_of_the_families(checkpoint, tmp_path):
     def facts(family, **options):
         export_gguf(checkpoint(family, **options)[1], tmp_path / "m.gguf", overwrite=True)
@@ -235,6 +244,23 @@ def test_a_file_of_another_model_differs_in_every_way(checkpoint, tmp_path):
     assert "cohere2.attention.sliding_window_pattern is [True, False], not [False, True]" in differs
     assert "cohere2.feed_forward_length is 256, not 128" in differs
     assert COHERE2["layer_types"][0] == "sliding_attention"
+
+
+def test_facts_that_were_added_or_changed_are_found(checkpoint, tmp_path):
+    _, folder = checkpoint("llama")
+    export_gguf(folder, tmp_path / "m.gguf")
+    good = (tmp_path / "m.gguf").read_bytes()
+
+    def found(old, new):
+        (tmp_path / "bad.gguf").write_bytes(good.replace(old, new, 1))
+        return check_gguf(tmp_path / "bad.gguf", folder).differs
+
+    assert found(b"hf_qep.method", b"hf_qep.mechod") == [
+        "hf_qep.mechod is 'sign', and should not be there",
+        "hf_qep.method is None, not 'sign'",
+    ]
+    assert "llama.rope.freq_bose" in found(b"llama.rope.freq_base", b"llama.rope.freq_bose")[0]
+    assert found(b"general.quantized_by", b"general.quantized_xy") == []
 
 
 def test_one_flipped_bit_anywhere_in_the_weights_is_found(checkpoint, tmp_path):

@@ -52,7 +52,7 @@ def test_names_of_a_checkpoint_have_a_kind(name, kind):
         "pytorch_model.bin",
         "model.pt",
         "weights.pkl",
-        "model.gguf",
+        "model.onnx",
         "training_args.bin",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -92,7 +92,7 @@ def test_any_other_name_has_none(name):
 
 
 def test_what_is_made_later_is_a_part_of_the_kinds():
-    names = ("README.md", "hf_qep_eval.json", "LICENSE", "p.png", ".eval_results/a.yml", "records.json")
+    names = ("README.md", "hf_qep_eval.json", "LICENSE", "p.png", ".eval_results/a.yml", "records.json", "m.gguf")
     assert {kind_of(name) for name in names} | {"manifest"} == MADE_LATER
 
 

@@ -265,10 +265,10 @@ def test_another_model_is_replaced_only_if_asked(hub, finished, name):
 
 
 def test_code_and_weights_that_stay_on_the_hub_are_pointed_out(hub, finished):
-    hub.add_repo(REPO, files=content(finished) | {"evil.py": b"x", "model.gguf": b"x"}, private=True)
+    hub.add_repo(REPO, files=content(finished) | {"evil.py": b"x", "model.onnx": b"x"}, private=True)
     said = " ".join(plan(hub, finished).warnings)
     assert "'evil.py' on the Hub is code" in said
-    assert "'model.gguf' on the Hub holds other weights" in said
+    assert "'model.onnx' on the Hub holds other weights" in said
 
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "../x", "a b", "alice/x..y", "alice/-x", "alice/x.git", ""])
