@@ -8,6 +8,8 @@ import numpy as np
 
 Points = Sequence[Sequence[float]] | np.ndarray
 """(points, objectives), finite."""
+DIGITS = 9
+"""Decimals, in a box of size 1, beyond which two compromises are equally good."""
 
 
 def dominates(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -60,7 +62,8 @@ def knee(points: Points) -> int:
     front = values[kept]
     least, span = front.min(0), np.ptp(front, axis=0)
     unit = (front - least) / np.where(span > 0, span, 1)
-    volume, distance = (1 - unit).prod(1), np.linalg.norm(unit, axis=1)
+    # Points that are equally good in exact arithmetic must not be told apart by rounding, which depends on the unit.
+    volume, distance = (np.round(value, DIGITS) for value in ((1 - unit).prod(1), np.linalg.norm(unit, axis=1)))
     return int(kept[np.lexsort((kept, distance, -volume))[0]])
 
 

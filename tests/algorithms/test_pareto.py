@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_qep.algorithms.pareto import hypervolume, knee, non_dominated
@@ -40,6 +40,7 @@ def test_points_beyond_the_reference_add_nothing():
 
 
 @given(any_table, st.lists(st.floats(0.1, 100), min_size=3, max_size=3))
+@example([(0, 3, 1), (1, 1, 1), (2, 2, 0)], [1.0, 0.6, 1.0])  # the last two are equally good
 @settings(max_examples=80, deadline=None)
 def test_the_knee_is_not_dominated_and_knows_no_unit(points, units):
     index = knee(points)
