@@ -75,6 +75,10 @@ def _spend_rest(options: Sequence[Sequence[Option]], chosen: list[int], rest: in
         chosen[item], rest = option, rest - bits
 
 
+LARGEST_LOG = 700.0
+"""Of a value far before the first of two points that fall steeply; its exponential is still a number."""
+
+
 def interpolate(points: Mapping[float, float], x: float) -> float:
     """Value at x of a curve through points x -> y, both positive, that is straight between their logarithms.
 
@@ -92,4 +96,4 @@ def interpolate(points: Mapping[float, float], x: float) -> float:
     while k < len(falling) - 2 and math.log(x) > falling[k + 1][0]:
         k += 1
     (x0, y0), (x1, y1) = falling[k : k + 2]
-    return math.exp(y0 + (y1 - y0) / (x1 - x0) * (math.log(x) - x0))
+    return math.exp(min(y0 + (y1 - y0) / (x1 - x0) * (math.log(x) - x0), LARGEST_LOG))
