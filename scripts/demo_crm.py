@@ -6,8 +6,9 @@
 A generalist learns from thousands of made-up sales worlds. For each task (the UCI bank table, a synthetic world that
 it has not seen, and a pipeline without a rule as the control) a student with a hundredth of its parameters is searched
 for, cut from it, taught, packed to one bit, and judged beside the usual methods. Presets: `quick` shows in a minute
-that everything runs, `small` takes half an hour on two cores, `default` is what the page reports, `full` is for those
-who have a day. Whatever is in the folder is not computed again: a run that was stopped goes on with the same command.
+that everything runs, `small` takes more than half an hour on two cores, `default` is what the page reports, `full` is
+for those who have a day. Whatever is in the folder is not computed again: a run that was stopped goes on with the same
+command.
 """
 
 from __future__ import annotations
