@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from bench_speed import facts, markdown, progress
 from peer_llamacpp import HOW_TO_GET, LlamaCpp, Peer
-from speed_models import SHAPES, build, quiet
+from speed_models import SHAPES, build, quiet, stored_bytes
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_qep.cli.demo import DEMO_MODEL, HELD_OUT
@@ -97,7 +97,7 @@ def run_command(args: argparse.Namespace) -> dict[str, Any]:
         ]:
             if folder is not None:
                 lanes[name] = stack.enter_context(Lane(folder, *options))
-                sizes[name] = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
+                sizes[name] = stored_bytes(folder) / 1e6
         for name, lane in lanes.items():
             progress(f"load {name}")
             lane.call("load")
@@ -223,9 +223,7 @@ def main(words: list[str] | None = None) -> None:
     except (OSError, QepError) as error:
         sys.exit(f"{error}; {HOW_TO_GET}" if isinstance(error, OSError) else str(error))
     if args.json is not None:
-        args.absent = []
-        settings = {"rounds": args.rounds} if args.command == "run" else {}
-        args.rounds = settings.get("rounds", 1)
+        args.absent, args.rounds = [], getattr(args, "rounds", 1)
         args.json.write_text(json.dumps({"machine": facts(args)} | found, indent=1) + "\n")
     if args.command == "run":
         print("\n".join(markdown(found["rows"])))

@@ -43,7 +43,7 @@ def gguf_command(
 ) -> None:
     """Write a checkpoint as a GGUF file for llama.cpp, read it back and compare every weight.
 
-    Lossless for method sign, onebit, gptq or rtn quantised with --export gguf. Anything else is refused with a reason.
+    Lossless for what was quantised with --export gguf. What llama.cpp cannot hold is refused with a reason.
     """
     from hf_qep.engine.source import resolve_model
     from hf_qep.export.gguf_file import export_gguf

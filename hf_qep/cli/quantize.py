@@ -99,12 +99,12 @@ def quantize_command(
     Several processes or GPUs share the work of --effort fast: torchrun --nproc-per-node 2 -m hf_qep quantize ...
     """
     recipe = {name: value for name, value in locals().items() if name in RECIPE} | {"skip_modules": skip}
+    room = None if stream_room is None else parse_size(stream_room, zero=True)
     check_output(out, overwrite=overwrite or resume)  # before the seconds that the imports below take
     from hf_qep.engine.together.launch import joined, own_device
 
     began, place, compute_as = time.monotonic(), own_device(to_device(device)), to_dtype(dtype)
-    saving = {"overwrite": overwrite, "remote_code": remote_code}
-    saving["stream_budget"] = None if stream_room is None else parse_size(stream_room, zero=True)
+    saving = {"overwrite": overwrite, "remote_code": remote_code, "stream_budget": room}
     if shard_size is not None:
         saving["max_shard_size"] = parse_size(shard_size)
     with joined(place) as processes:

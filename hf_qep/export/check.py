@@ -56,10 +56,10 @@ def open_gguf(path: Path) -> Any:
         raise CheckpointError(f"{path.name!r} is no whole GGUF file: {error}; export or download it again") from error
 
 
-def compare(path: Path, source: Source, planned: Sequence[Planned], *, progress: Progress = SILENT) -> Comparison:
-    """Compare the tensors of a file with those of a checkpoint. Raises CheckpointError as `open_gguf` does."""
+def compare(opened: Any, source: Source, planned: Sequence[Planned], *, progress: Progress = SILENT) -> Comparison:
+    """Compare the tensors of a file, as `open_gguf` gives it, with those of a checkpoint."""
     found = Comparison()
-    there = {tensor.name: tensor for tensor in open_gguf(path).tensors}
+    there = {tensor.name: tensor for tensor in opened.tensors}
     found.differs += [f"it has a tensor {name!r} too many" for name in sorted(there.keys() - {t.name for t in planned})]
     with progress.bar("compare", len(planned), "tensor") as bar:
         for tensor in planned:
@@ -69,9 +69,10 @@ def compare(path: Path, source: Source, planned: Sequence[Planned], *, progress:
     return found
 
 
-def compare_facts(path: Path, expected: dict[str, Any]) -> list[str]:
-    """Differences between the facts of a file and those that would be written (key -> value), besides FREE ones."""
-    fields = open_gguf(path).fields
+def compare_facts(opened: Any, expected: dict[str, Any]) -> list[str]:
+    """Differences between the facts of a file, as `open_gguf` gives it, and those that would be written (key -> value),
+    besides FREE ones."""
+    fields = opened.fields
     bound = [key for key in {**expected, **fields} if key == ARCHITECTURE or not key.startswith(FREE)]
     differs = [
         f"{key} is {_brief(_contents(fields[key]))}, and should not be there" for key in bound if key not in expected

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hf_qep.errors import ExportError
+from hf_qep.extras import require
 
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -147,8 +148,6 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_rope(config: dict[str, Any], size: int, writer: Any) -> None:
-    from hf_qep.extras import require
-
     scaling = require("gguf", "gguf").RopeScalingType
     rope = rope_parameters(config)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:

@@ -14,7 +14,7 @@ from typing import Any
 from hf_qep.engine.headers import MANIFEST, read_json
 from hf_qep.errors import CheckpointError, ExportError
 from hf_qep.export import vocabulary
-from hf_qep.export.check import Comparison, compare, compare_facts
+from hf_qep.export.check import Comparison, compare, compare_facts, open_gguf
 from hf_qep.export.families import Facts, add_facts, family_of
 from hf_qep.export.tensors import Planned, Source, open_checkpoint, plan_tensors
 from hf_qep.extras import require
@@ -71,7 +71,7 @@ def export_gguf(
     tokens = vocabulary.vocabulary(folder, source.config["vocab_size"], pre=pre)
     with write_file_aside(out, overwrite=overwrite) as aside:
         _write(_writer(aside, folder, source, tokens), planned, progress)
-        if wrong := compare(aside, source, planned, progress=progress).differs:
+        if wrong := compare(open_gguf(aside), source, planned, progress=progress).differs:
             raise CheckpointError(f"the file that was written is not the checkpoint: {wrong[0]}; nothing was kept")
         size = aside.stat().st_size
     return _report(out, size, source, planned, tokens.notes)
@@ -80,10 +80,11 @@ def export_gguf(
 def check_gguf(path: Path, folder: Path, *, pre: str | None = None, progress: Progress = SILENT) -> Comparison:
     """Hold a GGUF file against the checkpoint in `folder` that it was made from; raises as `export_gguf` does."""
     source, planned = _opened(folder)
-    found = compare(path, source, planned, progress=progress)
+    opened = open_gguf(path)
+    found = compare(opened, source, planned, progress=progress)
     tokens = vocabulary.vocabulary(folder, source.config["vocab_size"], pre=pre)
     facts = _writer(None, folder, source, tokens).kv_data[0]
-    found.differs += compare_facts(path, {key: stored.value for key, stored in facts.items()})
+    found.differs += compare_facts(opened, {key: stored.value for key, stored in facts.items()})
     return found
 
 
@@ -137,9 +138,8 @@ def _write(writer: Any, planned: Sequence[Planned], progress: Progress) -> None:
     gguf = require("gguf", "gguf")
     for tensor in planned:
         kind = gguf.GGMLQuantizationType[tensor.kind]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
         # Any dtype but uint8 says that the shape counts numbers, not bytes.
-        writer.add_tensor_info(tensor.name, tensor.shape, "<u2", tensor.weights // block * size, raw_dtype=kind)
+        writer.add_tensor_info(tensor.name, tensor.shape, "<u2", tensor.stored_bytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -153,19 +153,15 @@ def _write(writer: Any, planned: Sequence[Planned], progress: Progress) -> None:
 
 
 def _report(out: Path, size: int, source: Source, planned: Sequence[Planned], notes: Sequence[str]) -> ExportReport:
-    sizes = require("gguf", "gguf").GGML_QUANT_SIZES
-    kinds = require("gguf", "gguf").GGMLQuantizationType
     parts: dict[str, dict[str, int]] = {}
     bits = {"linear": [0, 0], "model": [0, 0]}
     for tensor in planned:
-        block, block_bytes = sizes[kinds[tensor.kind]]
-        stored = tensor.weights // block * block_bytes
         part = parts.setdefault(tensor.kind, {"tensors": 0, "weights": 0, "bytes": 0})
         part["tensors"] += 1
         part["weights"] += tensor.weights
-        part["bytes"] += stored
+        part["bytes"] += tensor.stored_bytes
         for name in ("model", "linear") if tensor.kind == "Q1_0" else ("model",):
-            bits[name][0] += 8 * stored
+            bits[name][0] += 8 * tensor.stored_bytes
             bits[name][1] += tensor.weights
     per_weight = {name: total / weights if weights else 0.0 for name, (total, weights) in bits.items()}
     return ExportReport(

@@ -44,6 +44,13 @@ class Planned:
         """Numbers that it stands for."""
         return math.prod(self.shape)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Size of its data in the file."""
+        gguf = require("gguf", "gguf")
+        columns, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
+        return self.weights // columns * size
+
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The files of a folder. Raises CheckpointError."""

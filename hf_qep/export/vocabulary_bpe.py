@@ -11,7 +11,7 @@ from tokenizers import models
 from tokenizers.pre_tokenizers import ByteLevel
 
 from hf_qep.errors import ExportError
-from hf_qep.export.vocabulary_spm import NFC_NOTE, parts
+from hf_qep.export.vocabulary_spm import NFC_NOTE, no_normalizer, parts
 
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -92,10 +92,7 @@ def check_normalizer(state: Mapping[str, Any]) -> list[str]:
     notes = []
     for part in parts(state.get("normalizer"), "normalizers"):
         if part["type"] != "NFC":
-            raise ExportError(
-                f"llama.cpp has no normalizer {json.dumps(part, ensure_ascii=False)[:200]}; texts would become other "
-                "tokens, so the tokenizer cannot be exported"
-            )
+            raise no_normalizer(part)
         notes.append(NFC_NOTE)
     return notes
 

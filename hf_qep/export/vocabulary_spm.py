@@ -129,11 +129,16 @@ def _normalizers(normalizer: Mapping[str, Any] | None) -> tuple[bool, bool, list
         elif part["type"] == "NFC":
             notes.append(NFC_NOTE)
         else:
-            raise ExportError(
-                f"llama.cpp has no normalizer {json.dumps(part, ensure_ascii=False)[:200]}; texts would become other "
-                "tokens, so the tokenizer cannot be exported"
-            )
+            raise no_normalizer(part)
     return prefix, escaped, notes
+
+
+def no_normalizer(part: Mapping[str, Any]) -> ExportError:
+    """The error about a normalizer that llama.cpp does not have."""
+    return ExportError(
+        f"llama.cpp has no normalizer {json.dumps(part, ensure_ascii=False)[:200]}; texts would become other tokens, "
+        "so the tokenizer cannot be exported"
+    )
 
 
 NFC_NOTE = "the tokenizer composes letters and accents (NFC) first and llama.cpp does not: give it composed text"
